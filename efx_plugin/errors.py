@@ -1,0 +1,9 @@
+"""The errors a user meets: one sentence that names the culprit and the remedy."""
+
+
+class EfxError(ValueError):
+    """A request that cannot be carried out; the message is one sentence fit to be shown as it is."""
+
+
+class SparseCheckpointError(EfxError):
+    """A sparse checkpoint that is incomplete, corrupt or inconsistent; the message names file and tensor."""
