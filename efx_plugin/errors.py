@@ -1,7 +1,7 @@
 """The errors a user meets: one sentence that names the culprit and the remedy."""
 
 
-class EfxError(ValueError):
+class EfxError(Exception):
     """A request that cannot be carried out; the message is one sentence fit to be shown as it is."""
 
 

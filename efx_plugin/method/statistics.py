@@ -1,0 +1,62 @@
+"""Second moments of a linear layer's inputs, accumulated batch by batch."""
+
+import torch
+from torch import Tensor
+
+
+class InputStatistics:
+    """Running Gram G = E[x xᵀ] of the inputs of a linear layer.
+
+    Sums are kept in fp32, so statistics of several batches, processes or devices add up (`merge`). A full Gram costs
+    4·in² bytes; where only the energies are needed, `full=False` keeps 4·in.
+
+    Args:
+        features: number of input features, `in`.
+        full: keep the whole Gram rather than its diagonal.
+        device: where the sums live.
+    """
+
+    def __init__(self, features: int, *, full: bool = True, device: torch.device | str | None = None):
+        shape = (features, features) if full else (features,)
+        self._sum = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.count = 0
+
+    @property
+    def full(self) -> bool:
+        return self._sum.dim() == 2
+
+    def update(self, inputs: Tensor) -> None:
+        """Add a batch of inputs, shape [..., in], any floating dtype."""
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        if self.full:
+            self._sum.addmm_(rows.T, rows)
+        else:
+            self._sum.add_(rows.square().sum(dim=0))
+        self.count += rows.shape[0]
+
+    def merge(self, other: "InputStatistics") -> None:
+        """Add what `other` has seen, as if its batches had been passed to `update` here."""
+        self._sum.add_(other._sum.to(self._sum.device))
+        self.count += other.count
+
+    @property
+    def gram(self) -> Tensor:
+        """G = E[x xᵀ], fp32 [in, in].
+
+        Raises:
+            ValueError: nothing was seen yet, or only energies were kept.
+        """
+        if not self.full:
+            raise ValueError("these statistics keep the energies only: construct them with full=True for a Gram")
+        return self._mean()
+
+    @property
+    def energy(self) -> Tensor:
+        """e_i = E[x_i²], fp32 [in]; ValueError when nothing was seen yet."""
+        mean = self._mean()
+        return mean.diagonal() if self.full else mean
+
+    def _mean(self) -> Tensor:
+        if self.count == 0:
+            raise ValueError("no calibration input was seen")
+        return self._sum / self.count

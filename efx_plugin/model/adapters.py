@@ -1,0 +1,120 @@
+"""Linear layers with and without LoRA: their effective weight, and the merge that keeps zeros.
+
+A LoRA pair adds s·B A to the base weight W, with s = alpha / r (rsLoRA: alpha / √r; PEFT stores the quotient). Masking
+W alone is undone by the merge, which adds the dense product s·B A to every zero. So scores, masks and repair work on
+the effective weight U = W + s·B A, and the result goes into the base layer with B set to zero: whatever merges the
+adapter afterwards adds nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.utils import update_offload_parameter
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from efx_plugin.errors import EfxError
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """A linear layer of the model, wrapped by LoRA or not.
+
+    Attributes:
+        name: name in the model without adapters, such as `model.layers.0.self_attn.q_proj`.
+        module: what the model calls: the Linear, or the LoRA layer around it.
+        base: the Linear that owns the weight.
+    """
+
+    name: str
+    module: nn.Module
+    base: nn.Linear
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PeftModel; any other model as it is."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def linear_layers(model: nn.Module) -> list[LinearLayer]:
+    """Every linear layer of a model in order, each LoRA pair with its base layer as one.
+
+    Raises:
+        EfxError: an adapter other than plain LoRA sits on a linear layer.
+    """
+    layers, inside_adapter = [], ()
+    for name, module in inner_model(model).named_modules():
+        if inside_adapter and name.startswith(inside_adapter):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside_adapter = (name + ".",)
+            if isinstance(base := module.get_base_layer(), nn.Linear):
+                _require_plain_lora(name, module)
+                layers.append(LinearLayer(name, module, base))
+        elif isinstance(module, nn.Linear):
+            layers.append(LinearLayer(name, module, module))
+    return layers
+
+
+def effective_weight(layer: LinearLayer) -> Tensor:
+    """U = W + Σ s·B A over the active adapters that are not merged yet, fp32 [out, in]."""
+    weight = layer.base.weight.detach().float()
+    for adapter in _active_adapters(layer):
+        lora_a = layer.module.lora_A[adapter].weight.detach().float()
+        lora_b = layer.module.lora_B[adapter].weight.detach().float()
+        weight = torch.addmm(weight, lora_b, lora_a, alpha=layer.module.scaling[adapter])
+    return weight
+
+
+@torch.no_grad()
+def absorb(layer: LinearLayer, weight: Tensor) -> None:
+    """Store `weight` [out, in] in the base layer, rounded once to its dtype, and zero B of the active adapters."""
+    update_offload_parameter(layer.base, "weight", weight.to(layer.base.weight.dtype))
+    for adapter in _active_adapters(layer):
+        lora_b = layer.module.lora_B[adapter]
+        update_offload_parameter(lora_b, "weight", torch.zeros_like(lora_b.weight))
+
+
+def merge_adapters(model: PeftModel, masks: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Merge the active LoRA adapters in fp32, keep the masks' zeros, and return the plain model inside.
+
+    The model is changed in place; the adapter is consumed, so save it first if it is still needed. A model that
+    `EfficientXpertModifier` has pruned needs no masks: its zeros are in place and its adapter adds nothing.
+
+    Args:
+        model: a PeftModel with plain LoRA adapters.
+        masks: bool [out, in], True where a weight is kept, by name of the linear layer in the plain model.
+
+    Raises:
+        EfxError: not a PeftModel, an adapter other than plain LoRA, or a mask that fits no linear layer.
+    """
+    if not isinstance(model, PeftModel):
+        raise EfxError(f"{type(model).__name__} is no PeftModel: only a model with adapters can be merged")
+    layers = {layer.name: layer for layer in linear_layers(model)}
+    masks = masks or {}
+    for name, mask in masks.items():
+        if name not in layers or mask.shape != layers[name].base.weight.shape:
+            raise EfxError(f"the mask {name!r} of shape {tuple(mask.shape)} fits no linear layer of the model")
+    for name, layer in layers.items():
+        if name in masks or _active_adapters(layer):
+            weight = effective_weight(layer)
+            absorb(layer, weight * masks[name] if name in masks else weight)
+    return model.unload()
+
+
+def _active_adapters(layer: LinearLayer) -> list[str]:
+    module = layer.module
+    if not isinstance(module, LoraLayer) or module.disable_adapters:
+        return []
+    return [name for name in module.active_adapters if name in module.lora_A and name not in module.merged_adapters]
+
+
+def _require_plain_lora(name: str, module: BaseTunerLayer) -> None:
+    if not isinstance(module, LoraLayer):
+        raise EfxError(f"{name} has a {type(module).__name__} adapter: only LoRA is supported, merge it first")
+    for adapter in module.active_adapters:
+        if adapter in module.lora_variant or module.lora_bias.get(adapter):
+            raise EfxError(f"adapter {adapter!r} of {name} is not plain LoRA (DoRA, bias, ...): merge it first")
