@@ -3,7 +3,7 @@
 PYTHON ?= python3
 CONSTRAINTS := integration/constraints
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint
 
 demo: .venv/ready .venv-serve/ready
 	.venv/bin/python -m integration.demo
@@ -15,9 +15,6 @@ test: .venv/ready .venv-serve/ready
 lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-
-clean:
-	rm -rf build .venv .venv-serve
 
 .venv/ready: pyproject.toml $(CONSTRAINTS)/compress.txt
 	$(PYTHON) -m venv .venv

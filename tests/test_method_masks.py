@@ -26,7 +26,9 @@ def test_every_row_loses_its_lowest(rows, columns, distinct, sparsity, seed):
             assert row[~kept].max() <= row[kept].min()
 
 
-@given(st.integers(1, 6), st.integers(1, 6), st.sampled_from([(1, 4), (2, 4), (4, 8), (3, 5)]), levels, st.integers(0, 99))
+@given(
+    st.integers(1, 6), st.integers(1, 6), st.sampled_from([(1, 4), (2, 4), (4, 8), (3, 5)]), levels, st.integers(0, 99)
+)
 def test_n_of_m_prunes_the_n_lowest_of_every_group(rows, groups, structure, distinct, seed):
     n, m = structure
     scores = _scores(rows, groups * m, distinct, seed)

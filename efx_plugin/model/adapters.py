@@ -61,7 +61,7 @@ def linear_layers(model: nn.Module) -> list[LinearLayer]:
 
 def effective_weight(layer: LinearLayer) -> Tensor:
     """U = W + Σ s·B A over the active adapters that are not merged yet, fp32 [out, in]."""
-    weight = layer.base.weight.detach().float()
+    weight = layer.base.weight.detach().to(torch.float32, copy=True)
     for adapter in _active_adapters(layer):
         lora_a = layer.module.lora_A[adapter].weight.detach().float()
         lora_b = layer.module.lora_B[adapter].weight.detach().float()

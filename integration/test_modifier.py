@@ -1,0 +1,217 @@
+"""EfficientXpertModifier under the real llm-compressor and PEFT, on tiny models: recipes, pipelines, refusals."""
+
+import pytest
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from efx_plugin import EfficientXpertModifier, merge_adapters
+from efx_plugin.errors import EfxError
+from integration.assets import save_tiny_llama
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
+
+RECIPE = """
+prune_stage:
+  pruning_modifiers:
+    EfficientXpertModifier:
+      sparsity: 0.5
+      targets: ["Linear"]
+      ignore: ["lm_head"]
+"""
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny"), num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    ids = torch.randint(3, 128, (12, 48), generator=torch.Generator().manual_seed(0)).tolist()
+    return Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * 48] * 12})
+
+
+def load(directory):
+    return AutoModelForCausalLM.from_pretrained(directory)
+
+
+def adapted(directory):
+    torch.manual_seed(0)
+    model = get_peft_model(load(directory), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    return model.eval()
+
+
+def run(model, directory, calibration, recipe=RECIPE, **options):
+    oneshot(
+        model=model,
+        processor=AutoTokenizer.from_pretrained(directory),
+        recipe=recipe,
+        dataset=calibration,
+        num_calibration_samples=12,
+        max_seq_length=48,
+        shuffle_calibration_samples=False,
+        **options,
+    )
+    return model
+
+
+def projections(model):
+    return {name: p.detach() for name, p in model.named_parameters() if "_proj.weight" in name}
+
+
+def assert_half_of_every_block_is_zero(model):
+    weights = projections(model)
+    assert len(weights) == 21
+    for block in range(3):
+        inside = [weight for name, weight in weights.items() if f"layers.{block}." in name]
+        zeros = sum(int((weight == 0).sum()) for weight in inside)
+        assert abs(zeros / sum(weight.numel() for weight in inside) - 0.5) < 0.002
+        assert all((weight == 0).any() for weight in inside)
+    assert (model.lm_head.weight != 0).all()
+
+
+@pytest.mark.parametrize("pipeline", ["sequential", "basic", "independent"])
+def test_a_yaml_recipe_prunes_every_block(directory, calibration, pipeline):
+    assert_half_of_every_block_is_zero(run(load(directory), directory, calibration, pipeline=pipeline))
+
+
+def test_an_instance_and_yaml_prune_alike(directory, calibration):
+    from_yaml = run(load(directory), directory, calibration)
+    from_instance = run(load(directory), directory, calibration, recipe=EfficientXpertModifier(sparsity=0.5))
+    for name, weight in projections(from_yaml).items():
+        assert torch.equal(weight, projections(from_instance)[name])
+
+
+def test_adapters_are_pruned_as_if_merged_first_wherever_they_sit(directory, calibration):
+    plain = run(merge_adapters(adapted(directory)), directory, calibration)
+    inner = adapted(directory)
+    run(inner.base_model.model, directory, calibration)
+    zeros_of = {name: weight == 0 for name, weight in projections(plain).items()}
+    for name, weight in projections(merge_adapters(inner)).items():
+        agreement = ((weight == 0) == zeros_of[name]).float().mean()
+        assert agreement > 0.995, name
+
+
+@pytest.mark.parametrize("merge", [merge_adapters, lambda model: model.merge_and_unload()])
+@pytest.mark.parametrize("pipeline", ["sequential", "basic"])
+def test_zeros_of_a_peft_model_survive_either_merge(directory, calibration, pipeline, merge):
+    model = adapted(directory)
+    model.config._name_or_path = str(directory)
+    run(model, directory, calibration, pipeline=pipeline)
+    merged = merge(model)
+    assert_half_of_every_block_is_zero(merged)
+    text = torch.arange(3, 40).unsqueeze(0)
+    assert merged(text).logits.isfinite().all()
+
+
+def test_the_peft_model_is_pruned_like_its_inner_model(directory, calibration):
+    """Whether the cache is on differs between the two, and must not matter."""
+    outer, inner = adapted(directory), adapted(directory)
+    outer.config._name_or_path = str(directory)
+    run(outer, directory, calibration, pipeline="basic")
+    run(inner.base_model.model, directory, calibration, pipeline="basic")
+    of_inner = projections(merge_adapters(inner))
+    for name, weight in projections(merge_adapters(outer)).items():
+        assert ((weight == 0) == (of_inner[name] == 0)).float().mean() > 0.995, name
+
+
+def test_the_saved_recipe_runs_again(directory, calibration, tmp_path):
+    model = run(load(directory), directory, calibration)
+    model.save_pretrained(tmp_path / "saved")
+    again = run(load(directory), directory, calibration, recipe=str(tmp_path / "saved" / "recipe.yaml"))
+    for name, weight in projections(model).items():
+        assert torch.equal(weight, projections(again)[name])
+
+
+def test_two_of_four_by_recipe_and_a_layer_left_alone(directory, calibration):
+    recipe = EfficientXpertModifier(sparsity=0.5, mask_structure="2:4", ignore=["lm_head", "re:.*down_proj"])
+    for name, weight in projections(run(load(directory), directory, calibration, recipe=recipe)).items():
+        zeros = (weight.reshape(-1, 4) == 0).sum(dim=1)
+        assert (zeros == (0 if "down_proj" in name else 2)).all()
+
+
+def test_only_the_tokens_of_the_loss_mask_count(directory, calibration):
+    """Padding garbage behind the mask must not move the mask of the first block."""
+    garbage = calibration.map(
+        lambda row: {
+            "input_ids": row["input_ids"][:32] + [5] * 16,
+            "loss_mask": [1] * 32 + [0] * 16,
+        }
+    )
+    cut = calibration.map(
+        lambda row: {"input_ids": row["input_ids"][:32], "attention_mask": [1] * 32, "loss_mask": [1] * 32}
+    )
+    modifiers = [EfficientXpertModifier(propagation="none", comparison_group="row") for _ in range(2)]
+    one = run(load(directory), directory, garbage, recipe=modifiers[0], use_loss_mask=True)
+    other = run(load(directory), directory, cut, recipe=modifiers[1], use_loss_mask=True)
+    of_other = projections(other)
+    for name, weight in projections(one).items():
+        if "layers.0." in name:
+            assert ((weight == 0) == (of_other[name] == 0)).float().mean() > 0.995, name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"sparsty": 0.5}, "no argument 'sparsty': did you mean 'sparsity'"),
+        ({"mask_structure": "2:4", "sparsity": 0.6}, "prunes 2 of 4 weights, sparsity 0.6 does not"),
+        ({"mask_structure": "4:4", "sparsity": 0.5}, "prunes 4 of 4"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, sentence):
+    with pytest.raises(EfxError, match=sentence):
+        EfficientXpertModifier(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"targets": ["re:.*no_such"]}, r"match no linear layer of LlamaForCausalLM"),
+        ({"ignore": []}, "lm_head is targeted but lies outside the decoder blocks"),
+        (
+            {"sparsity": 0.6, "mask_structure": "3:5"},
+            "does not divide the 64 inputs of model.layers.0.self_attn.q_proj",
+        ),
+    ],
+)
+def test_recipes_that_do_not_fit_the_model_are_refused(directory, calibration, arguments, sentence):
+    with pytest.raises(EfxError, match=sentence):
+        run(load(directory), directory, calibration, recipe=EfficientXpertModifier(**arguments))
+
+
+def test_nan_weights_are_refused_by_name(directory, calibration):
+    model = load(directory)
+    model.model.layers[2].mlp.gate_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(EfxError, match=r"layers\.2\.mlp\.gate_proj contains NaN"):
+        run(model, directory, calibration)
+
+
+def test_missing_calibration_data_is_refused(directory):
+    with pytest.raises(EfxError, match="needs calibration data"):
+        oneshot(model=load(directory), recipe=RECIPE)
+
+
+def test_a_later_modifier_that_refills_zeros_is_caught(directory, calibration):
+    class Refill(EfficientXpertModifier):
+        def on_initialize(self, state, **kwargs):
+            return True
+
+        def on_calibration_start(self, state, event, **kwargs):
+            pass
+
+        def on_finalize(self, state, **kwargs):
+            return True
+
+        def on_calibration_end(self, state, event, **kwargs):
+            state.model.model.layers[1].mlp.up_proj.weight.data.fill_(1)
+
+    with pytest.raises(EfxError, match=r"layers\.1\.mlp\.up_proj had \d+ zeros after pruning and has 0 now"):
+        run(load(directory), directory, calibration, recipe=[EfficientXpertModifier(), Refill()], pipeline="sequential")
+
+
