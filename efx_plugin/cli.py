@@ -3,6 +3,7 @@
 Nothing here imports torch: each command imports what it runs, so that `efx --help` answers at once.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -50,18 +51,20 @@ def prune(
 
     Example: efx prune ./SmolLM2 ./expert --adapter ./legal-lora --recipe recipes/expert_50.yaml --dataset legal.jsonl
     """
-    from efx_plugin.pruning import prune_to_checkpoint
+    # llm-compressor logs to the stdout it finds when it is imported; ours is for the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        from efx_plugin.pruning import prune_to_checkpoint
 
-    report = prune_to_checkpoint(
-        model,
-        output,
-        recipe=recipe,
-        dataset=dataset,
-        adapter=adapter,
-        samples=samples,
-        length=length,
-        structure=structure,
-    )
+        report = prune_to_checkpoint(
+            model,
+            output,
+            recipe=recipe,
+            dataset=dataset,
+            adapter=adapter,
+            samples=samples,
+            length=length,
+            structure=structure,
+        )
     _show(report, as_json, title=str(output))
 
 

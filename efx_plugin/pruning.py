@@ -12,7 +12,8 @@ from peft import PeftModel
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from efx_plugin.checkpoint import linear_bytes, require_new_directory, save_sparse
+from efx_plugin.checkpoint import linear_bytes, save_sparse
+from efx_plugin.checkpoint.atomic import refuse_existing
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import merge_adapters
 from efx_plugin.modifier import EfficientXpertModifier
@@ -48,7 +49,7 @@ def prune_to_checkpoint(
     Raises:
         EfxError: any input is unfit; nothing is written then.
     """
-    require_new_directory(output)
+    refuse_existing(output)
     loaded_recipe = load_recipe(recipe)
     tokenizer = AutoTokenizer.from_pretrained(model)
     calibration = calibration_set(dataset, tokenizer, samples=samples, length=length)
