@@ -2,7 +2,7 @@
 
 Importing this package is cheap: torch, transformers, llm-compressor and vLLM are imported when one of the names
 below is first used. If llm-compressor is, or later gets, imported, `EfficientXpertModifier` is registered with its
-`ModifierFactory`, so that YAML recipes can name it.
+`ModifierFactory`, so that YAML recipes can name it; and transformers' `from_pretrained` then reads sparse checkpoints.
 """
 
 from importlib import import_module
@@ -38,3 +38,8 @@ def __getattr__(name: str) -> Any:
 @wrapt.when_imported("llmcompressor")
 def _register_modifier(_llmcompressor) -> None:
     import_module("efx_plugin.modifier")
+
+
+@wrapt.when_imported("transformers.quantizers.auto")
+def _register_quantizer(_auto) -> None:
+    import_module("efx_plugin.checkpoint.transformers_hook").register()

@@ -52,7 +52,7 @@ def make_once(final: Path, build: Callable[[Path], None]) -> Path:
     interrupts it, `final` is complete or absent. A lock lets concurrent processes share one build.
 
     Raises:
-        EfxError: the disk is full or the directory cannot be written.
+        EfxError: the disk is full or the directory cannot be written to.
     """
     if final.exists():
         return final
@@ -70,7 +70,7 @@ def make_once(final: Path, build: Callable[[Path], None]) -> Path:
             finally:
                 _remove(partial)
     except (OSError, SafetensorError) as error:
-        message = f"cannot write {final} ({error}); check its permissions and the free disk space"
+        message = f"cannot make {final} ({error}); check its permissions and the free disk space"
         raise EfxError(message) from error
     return final
 

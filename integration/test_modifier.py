@@ -213,5 +213,3 @@ def test_a_later_modifier_that_refills_zeros_is_caught(directory, calibration):
 
     with pytest.raises(EfxError, match=r"layers\.1\.mlp\.up_proj had \d+ zeros after pruning and has 0 now"):
         run(load(directory), directory, calibration, recipe=[EfficientXpertModifier(), Refill()], pipeline="sequential")
-
-

@@ -1,0 +1,108 @@
+"""A directory that appears complete or not at all."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from efx_plugin.errors import EfxError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def refuse_existing(directory: str | os.PathLike) -> None:
+    """Refuse a destination that is there already, or that cannot be created.
+
+    Raises:
+        EfxError: naming it.
+    """
+    directory = Path(directory)
+    if os.path.lexists(directory):
+        raise EfxError(f"{directory} exists already and nothing is overwritten; remove it or choose another directory.")
+    if not directory.absolute().parent.is_dir():
+        raise EfxError(f"{directory.absolute().parent}, in which {directory.name} is to be written, is no directory.")
+
+
+@contextlib.contextmanager
+def new_directory(directory: str | os.PathLike, needed: int) -> Iterator[Path]:
+    """Yield a temporary sibling to fill; on success it is synced and takes its name, on any exception it is removed.
+
+    What a killed process left behind is removed when the same destination is written again; a lock tells it from the
+    work of a process that is still alive.
+
+    Args:
+        directory: the destination; it must not exist.
+        needed: bytes that are going to be written.
+
+    Raises:
+        EfxError: there is not enough room, beforehand or on the way, or the destination has appeared meanwhile.
+    """
+    directory = Path(directory).absolute()
+    refuse_existing(directory)
+    _remove_leftovers(directory)
+    free = shutil.disk_usage(directory.parent).free
+    if free < needed:
+        raise _full(directory, needed, free)
+    temporary = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.incomplete"
+    with _explained(directory, needed):
+        temporary.mkdir()
+        lock = _lock(temporary)
+        try:
+            yield temporary
+            for path in sorted(temporary.rglob("*"), reverse=True):
+                _sync(path)
+            _sync(temporary)
+            refuse_existing(directory)
+            temporary.rename(directory)
+            _sync(directory.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        finally:
+            os.close(lock)
+
+
+@contextlib.contextmanager
+def _explained(directory: Path, needed: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise _full(directory, needed, shutil.disk_usage(directory.parent).free) from error
+
+
+def _full(directory: Path, needed: int, free: int) -> EfxError:
+    return EfxError(f"{directory} needs {needed:,} bytes and its disk has {free:,} left; make room or write elsewhere.")
+
+
+def _lock(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _remove_leftovers(directory: Path) -> None:
+    for leftover in directory.parent.glob(f".{directory.name}.*.incomplete"):
+        try:
+            lock = _lock(leftover)
+        except OSError:  # somebody is at work in it
+            continue
+        shutil.rmtree(leftover, ignore_errors=True)
+        os.close(lock)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

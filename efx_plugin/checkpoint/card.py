@@ -1,0 +1,113 @@
+"""The model card of a sparse checkpoint: README.md."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import Any
+
+from efx_plugin.checkpoint.plan import Survey
+from efx_plugin.errors import EfxError
+
+_KEYS = ("base_model", "adapter", "calibration", "figures")
+
+
+def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The metadata of a card, if it has no key but base_model, adapter, calibration and figures.
+
+    Raises:
+        EfxError: naming the key that is not one of them.
+    """
+    metadata = dict(metadata or {})
+    for key in metadata:
+        if key not in _KEYS:
+            raise EfxError(f"metadata has the key {key!r}; the model card has room for {', '.join(_KEYS)}.")
+    return metadata
+
+
+def model_card(
+    title: str,
+    metadata: Mapping[str, Any],
+    module: ModuleType,
+    surveys: Mapping[str, Survey],
+    sparse: frozenset[str],
+    recipe: str | None,
+) -> str:
+    """The text of the card.
+
+    Args:
+        title: name of the model.
+        metadata: see `save_sparse`.
+        module: the format.
+        surveys: every Linear weight.
+        sparse: those of them that are stored in the format; the others are dense.
+        recipe: text of the recipe that pruned the model.
+    """
+    base = metadata.get("base_model")
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            *([f"base_model: {base}"] if _is_hub_name(base) else []),
+            "tags: [sparse, compressed-tensors, efx-plugin]",
+            "---",
+            f"# {title}",
+            "",
+            f"Linear weights with zeros, stored as `{module.NAME}` ({module.STRUCTURE}) of compressed-tensors.",
+            "",
+            *_facts(metadata),
+            "| projection | matrices | sparsity | bytes dense | bytes here |",
+            "|---|---|---|---|---|",
+            *_rows(module, surveys, sparse),
+            "",
+            *_figures(metadata.get("figures")),
+            "## How to use it",
+            "",
+            "Install `efx-plugin` beside vLLM or transformers; neither opens this checkpoint without it: vLLM says",
+            '"Sparsity support has been removed", and `from_pretrained` refuses, because it would otherwise make',
+            "the projections up.",
+            "",
+            "    pip install 'efx-plugin[serve]' && vllm serve DIRECTORY",
+            "",
+            "or, in Python,",
+            "",
+            "    import efx_plugin  # before from_pretrained",
+            "    model = transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY)  # dense weights, the same zeros",
+            "",
+            *(["## Recipe", "", *("    " + line for line in recipe.strip().splitlines()), ""] if recipe else []),
+        ]
+    )
+
+
+def _facts(metadata: Mapping[str, Any]) -> list[str]:
+    names = {"base_model": "Base model", "adapter": "Adapter", "calibration": "Calibration data"}
+    facts = [f"- {label}: {metadata[key]}" for key, label in names.items() if metadata.get(key)]
+    return [*facts, ""] if facts else []
+
+
+def _rows(module: ModuleType, surveys: Mapping[str, Survey], sparse: frozenset[str]) -> Iterable[str]:
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name in surveys:
+        kinds[name.removesuffix(".weight").rpartition(".")[2]].append(name)
+    for kind, names in [*kinds.items(), ("all", list(surveys))]:
+        found = [surveys[name] for name in names]
+        zeros = 1 - sum(one.nonzeros for one in found) / sum(one.rows * one.columns for one in found)
+        dense = sum(one.nbytes(None) for one in found)
+        here = sum(surveys[name].nbytes(module if name in sparse else None) for name in names)
+        yield f"| {kind} | {len(names)} | {zeros:.1%} | {dense:,} | {here:,} |"
+
+
+def _figures(figures: Mapping[str, Any] | None) -> list[str]:
+    if not figures:
+        return []
+    return ["## Measured", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in figures.items()), ""]
+
+
+def _is_hub_name(base: object) -> bool:
+    """Only the name of a model on the hub makes valid front matter."""
+    return (
+        isinstance(base, str)
+        and base.count("/") == 1
+        and not base.startswith((".", "/", "~"))
+        and not os.path.exists(base)
+    )

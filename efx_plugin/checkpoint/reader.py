@@ -1,0 +1,198 @@
+"""From a directory back to dense weights."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from efx_plugin.checkpoint import files, models
+from efx_plugin.checkpoint.formats import PART_NAMES, decompress, dense_shape, find_format
+from efx_plugin.errors import EfxError, SparseCheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def read_sparsity_config(directory: str | os.PathLike) -> dict[str, Any]:
+    """The `sparsity_config` of a directory's config.json, with a `format` that is known.
+
+    Raises:
+        SparseCheckpointError: there is none, or its format is unknown.
+    """
+    config = read_config(directory)
+    sparsity = sparsity_of(config)
+    if sparsity is None:
+        raise SparseCheckpointError(
+            f"{Path(directory) / 'config.json'} has no sparsity_config: load this dense checkpoint with transformers."
+        )
+    find_format(sparsity.get("format"), "config.json")
+    return sparsity
+
+
+def read_config(directory: str | os.PathLike) -> dict[str, Any]:
+    """config.json as it is.
+
+    Raises:
+        SparseCheckpointError: it is missing or not JSON.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise SparseCheckpointError(f"{path} does not exist; is this a checkpoint?")
+    return files.parse_json(path, path.read_bytes())
+
+
+def sparsity_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The `sparsity_config` inside a config.json, or None."""
+    quantization = config.get("quantization_config")
+    sparsity = quantization.get("sparsity_config") if isinstance(quantization, dict) else None
+    return sparsity if isinstance(sparsity, dict) and sparsity else None
+
+
+def group_parts(index: Mapping[str, files.StoredTensor]) -> dict[str, dict[str, str]]:
+    """The compressed weights of an index: name of the dense weight -> {part: name of the tensor}.
+
+    A part is called after the weight's module. Releases up to 0.8.1 called it after the weight itself, as in
+    `q_proj.weight.compressed`, and compressed biases as well.
+
+    Raises:
+        SparseCheckpointError: a weight is stored more than once.
+    """
+    weights: dict[str, dict[str, str]] = {}
+    for name, stored in index.items():
+        prefix, _, part = name.rpartition(".")
+        if part not in PART_NAMES:
+            continue
+        weight = prefix if prefix.endswith((".weight", ".bias")) else f"{prefix}.weight"
+        parts = weights.setdefault(weight, {})
+        twin = parts.get(part) or (weight if weight in index else None)
+        if twin is not None:
+            raise SparseCheckpointError(
+                f"{stored.file}: {name} and {twin} store the same weight; only one can be right."
+            )
+        parts[part] = name
+    return weights
+
+
+def describe(index: Mapping[str, files.StoredTensor], parts: Mapping[str, str]) -> str:
+    """What an error calls a compressed weight: the files it lies in, and the prefix of its tensors."""
+    where = " and ".join(sorted({index[name].file for name in parts.values()}))
+    return f"{where}: {next(iter(parts.values())).rpartition('.')[0]}"
+
+
+def expand(directory: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a sparse checkpoint under its dense name, one at a time, compressed weights expanded.
+
+    Raises:
+        SparseCheckpointError: anything in the directory is missing, corrupt or inconsistent.
+    """
+    format_name = read_sparsity_config(directory)["format"]
+    index = files.read_index(directory)
+    compressed = group_parts(index)
+    parts_of_weights = {name for parts in compressed.values() for name in parts.values()}
+    for name, stored in index.items():
+        if name not in parts_of_weights:
+            yield name, files.read_tensor(directory, stored)
+    for weight, parts in compressed.items():
+        tensors = {part: files.read_tensor(directory, index[name]) for part, name in parts.items()}
+        yield weight, decompress(format_name, tensors, where=describe(index, parts))
+
+
+def dense_shapes(directory: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor under its dense name, from headers and the declared shapes alone.
+
+    Raises:
+        SparseCheckpointError: the directory is no sparse checkpoint, or a declared shape disagrees with its bitmask.
+    """
+    format_name = read_sparsity_config(directory)["format"]
+    index = files.read_index(directory)
+    shapes = {name: stored.shape for name, stored in index.items()}
+    for weight, parts in group_parts(index).items():
+        tensors = {part: _stand_in(directory, part, index[name]) for part, name in parts.items()}
+        shapes[weight] = dense_shape(format_name, tensors, where=describe(index, parts))
+        for name in parts.values():
+            del shapes[name]
+    return shapes
+
+
+def _stand_in(directory: str | os.PathLike, part: str, stored: files.StoredTensor) -> torch.Tensor:
+    if part == "shape":
+        return files.read_tensor(directory, stored)
+    return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+
+
+def linear_bytes(directory: str | os.PathLike) -> dict[str, int]:
+    """Bytes of the compressed weights: `sparse` as they lie on disk (values, masks, offsets and shapes), `dense` as
+    they would in their own dtype.
+
+    Raises:
+        SparseCheckpointError: the directory is no sparse checkpoint, or a declared shape disagrees with its bitmask.
+    """
+    shapes = dense_shapes(directory)
+    index = files.read_index(directory)
+    compressed = group_parts(index)
+    return {
+        "dense": sum(
+            files.nbytes(index[parts["compressed"]].dtype, shapes[weight]) for weight, parts in compressed.items()
+        ),
+        "sparse": sum(index[name].nbytes for parts in compressed.values() for name in parts.values()),
+    }
+
+
+def check_fit(model: "PreTrainedModel", directory: str | os.PathLike) -> None:
+    """Check a sparse checkpoint against the model that it is about to be loaded into, before any weight is read.
+
+    Parameters outside of the base model may be missing: a new head on a pruned body is legitimate.
+
+    Raises:
+        SparseCheckpointError: a weight is missing, or has another shape than config.json gives it.
+    """
+    # The base model is loaded from the checkpoint of a whole one too, and the other way round.
+    prefix = f"{model.base_model_prefix}."
+    is_base = model.base_model is model
+    shapes = {name.removeprefix(prefix): shape for name, shape in dense_shapes(directory).items()}
+    for name, parameter in models.on_disk(model, dict(model.named_parameters())).items():
+        stored = shapes.get(name.removeprefix(prefix))
+        if stored is None and (is_base or name.startswith(prefix)):
+            raise SparseCheckpointError(f"{directory} has no {name}; download or export it again.")
+        if stored is not None and stored != tuple(parameter.shape):
+            raise SparseCheckpointError(
+                f"{directory} holds {name} as {list(stored)}, but its config.json makes it {list(parameter.shape)}."
+            )
+
+
+def load_sparse(directory: str | os.PathLike) -> "PreTrainedModel":
+    """Load a sparse checkpoint as a plain transformers model with dense weights, in either format, from this package or
+    from compressed-tensors 0.8 to 0.14.
+
+    Args:
+        directory: a local directory as `save_sparse` or `export_checkpoint` writes it.
+
+    Returns:
+        The model on the CPU, in evaluation mode, in the dtype of its config, to be saved, trained or pruned like any.
+
+    Raises:
+        SparseCheckpointError: anything in the directory is missing, corrupt or inconsistent, or does not fit the model.
+        EfxError: transformers has no class for the model, or the checkpoint is quantized as well.
+    """
+    from transformers import GenerationConfig
+
+    directory = Path(directory)
+    read_sparsity_config(directory)
+    if read_config(directory)["quantization_config"].get("config_groups"):
+        raise EfxError(f"{directory} is sparse and quantized, which a plain transformers model cannot be.")
+    config = models.read_model_config(directory)
+    check_fit(models.skeleton(config), directory)
+    model, report = models.model_class(config).from_pretrained(
+        None, config=config, state_dict=dict(expand(directory)), dtype="auto", output_loading_info=True
+    )
+    for verb, problem in (("lacks", "missing_keys"), ("holds, without a place in the model,", "unexpected_keys")):
+        if report[problem]:
+            raise SparseCheckpointError(
+                f"{directory} {verb} {', '.join(sorted(report[problem])[:3])}; export it again."
+            )
+    if (directory / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    model.config._name_or_path = str(directory)
+    return model

@@ -1,0 +1,135 @@
+"""`from_pretrained` on sparse checkpoints, through transformers' registry of quantizers.
+
+transformers finds a quantizer by the `quant_method` of config.json, which is "compressed-tensors" here as in any
+checkpoint of that family. Its own entry of that name stays in charge of all whose zeros are not stored sparsely.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
+
+from efx_plugin.checkpoint.config import GUARD_KEY
+from efx_plugin.checkpoint.formats import decompress, find_format
+from efx_plugin.checkpoint.reader import check_fit
+from efx_plugin.errors import EfxError, SparseCheckpointError
+
+_METHOD = "sparse-compressed-tensors"
+
+
+def register() -> None:
+    """Let `from_pretrained` expand sparse checkpoints. `import efx_plugin` calls this; again, it does nothing."""
+    if _METHOD in auto.AUTO_QUANTIZER_MAPPING:
+        return
+    auto.register_quantization_config(_METHOD)(SparseConfig)
+    auto.register_quantizer(_METHOD)(SparseHfQuantizer)
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = _CompressedTensorsConfig
+
+
+class SparseConfig(QuantizationConfigMixin):
+    """The quantization_config of a sparse checkpoint."""
+
+    dequantize = True  # transformers forgets the config of such a model: what is loaded is a plain one
+
+    def __init__(self, sparsity_config: dict[str, Any], **_kwargs: Any) -> None:
+        self.quant_method = _METHOD
+        self.sparsity_config = sparsity_config
+
+
+class _CompressedTensorsConfig(CompressedTensorsConfig):
+    """transformers' own configuration, except where there is a sparsity_config."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> QuantizationConfigMixin:
+        if not config_dict.get("sparsity_config"):
+            return CompressedTensorsConfig.from_dict(config_dict, **kwargs)
+        if config_dict.get("config_groups"):
+            raise EfxError("The checkpoint is sparse and quantized, which a plain transformers model cannot be.")
+        find_format(config_dict["sparsity_config"].get("format"), "config.json")
+        return SparseConfig.from_dict(config_dict, **kwargs)
+
+
+class SparseHfQuantizer(HfQuantizer):
+    """Expands compressed weights while they are loaded."""
+
+    def __init__(self, quantization_config: SparseConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._expand = _Expand(quantization_config.sparsity_config["format"])
+
+    def update_tp_plan(self, config: Any) -> Any:
+        # Of all methods the one that sees the config before the files are looked for.
+        if hasattr(config, GUARD_KEY):
+            delattr(config, GUARD_KEY)
+        return config
+
+    def _process_model_before_weight_loading(self, model: Any, *, checkpoint_files: list[str], **_kwargs: Any) -> None:
+        # With a quantizer, transformers compares no shapes; and weights that are missing it makes up.
+        check_fit(model, Path(checkpoint_files[0]).parent)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        return [
+            WeightConverter(list(self._expand.patterns[parameter]), f".{parameter}", [self._expand])
+            for parameter in ("bias", "weight")
+        ]
+
+    def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> None:
+        if self._expand.error is not None:
+            raise self._expand.error
+        # Saving would run the conversions backwards; the weights are plain ones now.
+        model._weight_conversions = [
+            conversion
+            for conversion in model._weight_conversions
+            if self._expand not in getattr(conversion, "operations", ())
+        ]
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+class _Expand(ConversionOps):
+    """Makes one weight of its parts.
+
+    transformers turns what a conversion raises into a report and an error that says nothing, so the first error is kept
+    for the quantizer to raise.
+    """
+
+    def __init__(self, format_name: str) -> None:
+        self.format_name = format_name
+        self.error: SparseCheckpointError | None = None
+        names = find_format(format_name, "config.json").layout(0, 0, 0, torch.float32)
+        # Pattern of a tensor's name -> part, by what the dense parameter is called.
+        self.patterns = {
+            "bias": {rf"\.bias\.{part}$": part for part in names},
+            "weight": {rf"(?:\.weight)?\.{part}$": part for part in names},
+        }
+
+    def __deepcopy__(self, memo: dict) -> "_Expand":
+        return self  # transformers copies a conversion for every weight
+
+    def convert(
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        *,
+        target_patterns: list[str],
+        full_layer_name: str,
+        model: Any,
+        **_kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        pattern_to_part = self.patterns["bias"] | self.patterns["weight"]
+        parts = {pattern_to_part[pattern]: tensors[0] for pattern, tensors in input_dict.items()}
+        parameter = model.get_parameter(full_layer_name)
+        device = next(iter(parts.values())).device
+        try:
+            weight = decompress(self.format_name, parts, where=full_layer_name.removesuffix(".weight"))
+        except SparseCheckpointError as error:
+            self.error = self.error or error
+            weight = torch.zeros(parameter.shape)
+        return {target_patterns[0]: weight.to(device=device, dtype=parameter.dtype)}

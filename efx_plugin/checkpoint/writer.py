@@ -1,0 +1,297 @@
+"""From dense weights, in memory or on disk, to a complete checkpoint directory."""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from efx_plugin.checkpoint import atomic, files, models, plan
+from efx_plugin.checkpoint.ahead import map_ahead
+from efx_plugin.checkpoint.card import check_metadata, model_card
+from efx_plugin.checkpoint.config import sparse_config
+from efx_plugin.checkpoint.reader import read_config, sparsity_of
+from efx_plugin.errors import EfxError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# What an export does not copy: weights in any form, and what it writes itself.
+_NOT_COPIED_SUFFIXES = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+)
+_NOT_COPIED = ("config.json", "README.md")
+_COPIED_DIRECTORY = "additional_chat_templates"
+
+
+def save_sparse(
+    model: "PreTrainedModel",
+    directory: str | os.PathLike,
+    structure: str = "auto",
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    recipe: str | os.PathLike | None = None,
+    max_shard_size: int | str = "5GB",
+    metadata: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> None:
+    """Write a pruned model as a sparse checkpoint.
+
+    Weights of nn.Linear layers that the format makes smaller are compressed; the others, embeddings, norms and biases
+    are stored as they are, tied weights once. The directory appears only when it is complete.
+
+    Args:
+        model: a plain transformers model with zeros in its Linear weights (bfloat16, float16 or float32), on any
+            device. -0.0 is stored as 0.0.
+        directory: the destination, which must not exist.
+        structure: "sparse-bitmask" (any zeros), "sparse-24-bitmask" (at most two non-zeros in each aligned four of a
+            row), or "auto": the latter if every sparse weight is 2:4 sparse, else the former.
+        tokenizer: saved along.
+        recipe: the recipe that pruned the model, a path or its YAML text; saved along as recipe.yaml.
+        max_shard_size: bytes, or a size such as "5GB".
+        metadata: for the model card: `base_model`, `adapter` and `calibration` (text), `figures` (name -> value).
+        progress: show a progress bar if it takes longer than two seconds.
+
+    Raises:
+        EfxError: the destination exists or its disk is full; the model carries an adapter, is quantized, has no sparse
+            Linear weight, or holds NaN or infinity.
+    """
+    atomic.refuse_existing(directory)
+    plan.check_structure(structure)
+    models.refuse_unmerged(model)
+    metadata = check_metadata(metadata)
+    recipe_text = _read_recipe(recipe)
+    state = models.on_disk(model, model.state_dict())
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise EfxError(f"{name} is on the meta device; load or dispatch the whole model before saving it.")
+
+    def extras(destination: Path) -> None:
+        if model.can_generate():
+            model.generation_config.save_pretrained(destination)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(destination)
+        if recipe_text is not None:
+            (destination / "recipe.yaml").write_text(recipe_text)
+
+    metadata.setdefault("base_model", _public_name(getattr(model.config, "_name_or_path", "")))
+    _write(
+        directory,
+        plan.Source(
+            {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()},
+            lambda name: state[name].detach().cpu().contiguous(),
+        ),
+        models.find_linears(model),
+        _config_of(model),
+        structure,
+        max_shard_size=plan.parse_size(max_shard_size),
+        metadata=metadata,
+        recipe=recipe_text,
+        extras=extras,
+        progress=progress,
+    )
+
+
+def export_checkpoint(
+    source: str | os.PathLike,
+    directory: str | os.PathLike,
+    structure: str = "auto",
+    *,
+    max_shard_size: int | str = "5GB",
+    metadata: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> None:
+    """Write a dense Hugging Face directory of a pruned model as a sparse checkpoint, without loading the model.
+
+    A few weights are in memory at a time. Every weight is read twice: once to count zeros, which fixes all sizes, once
+    to write it. Tokenizer, chat template, generation config, recipe.yaml and the like come along.
+
+    Args:
+        source: a local directory with config.json and safetensors files.
+        directory, structure, max_shard_size, metadata, progress: see `save_sparse`.
+
+    Raises:
+        EfxError: as `save_sparse`; or the source is an adapter, quantized, sparse already, or not in safetensors.
+        SparseCheckpointError: a file of the source is missing or corrupt.
+    """
+    atomic.refuse_existing(directory)
+    plan.check_structure(structure)
+    metadata = check_metadata(metadata)
+    source = Path(source)
+    config = _read_source_config(source)
+    model_config = models.read_model_config(source)
+    skeleton = models.skeleton(model_config)
+    index = files.read_index(source)
+    aliases = _stored_twice(source, index, models.tied_weights(skeleton))
+    recipe = source / "recipe.yaml"
+    metadata.setdefault("base_model", _public_name(source))
+    _write(
+        directory,
+        plan.Source(
+            {name: (stored.dtype, stored.shape) for name, stored in index.items() if name not in aliases},
+            lambda name: files.read_tensor(source, index[name]),
+        ),
+        models.find_linears(skeleton),
+        config,
+        structure,
+        max_shard_size=plan.parse_size(max_shard_size),
+        metadata=metadata,
+        recipe=recipe.read_text() if recipe.is_file() else None,
+        extras=lambda destination: _copy_companions(source, destination),
+        progress=progress,
+    )
+
+
+def _write(
+    directory: str | os.PathLike,
+    source: plan.Source,
+    linears: models.Linears,
+    config: Mapping[str, Any],
+    structure: str,
+    *,
+    max_shard_size: int,
+    metadata: Mapping[str, Any],
+    recipe: str | None,
+    extras: Callable[[Path], None],
+    progress: bool,
+) -> None:
+    names = list(source.layout)
+    size = {name: files.nbytes(*described) for name, described in source.layout.items()}
+    surveys: dict[str, plan.Survey] = {}
+    with _bar("checking", sum(size.values()), progress) as bar:
+        for name, found in zip(
+            names, map_ahead(lambda name: plan.survey(source, name, name in linears.weights), names), strict=True
+        ):
+            bar.update(size[name])
+            if found is not None:
+                surveys[name] = found
+    module, sparse = plan.choose(structure, surveys)
+    items = plan.make_items(source.layout, surveys, module, sparse)
+    needed = sum(item.nbytes for item in items)
+    zeros = 1 - sum(surveys[name].nonzeros for name in sparse) / sum(
+        surveys[name].rows * surveys[name].columns for name in sparse
+    )
+    ignore = {*linears.others, *(name.removesuffix(".weight") for name in set(surveys) - sparse)}
+
+    with atomic.new_directory(directory, needed) as destination:
+        with _bar("writing", needed, progress) as bar:
+            _write_shards(destination, source, plan.make_shards(items, max_shard_size), bar.update)
+        _write_json(destination / "config.json", sparse_config(config, module, ignore, zeros))
+        extras(destination)
+        card = model_card(Path(directory).name, metadata, module, surveys, sparse, recipe)
+        (destination / "README.md").write_text(card)
+
+
+def _write_shards(
+    destination: Path, source: plan.Source, shards: list[list[plan.Item]], written: Callable[[int], object]
+) -> None:
+    weight_map: dict[str, str] = {}
+    for number, items in enumerate(shards, start=1):
+        file = files.SINGLE_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        layout = {name: described for item in items for name, described in item.layout.items()}
+        files.write_file(destination / file, layout, _stored_tensors(source, items), written)
+        weight_map |= dict.fromkeys(layout, file)
+    if len(shards) > 1:
+        total = sum(item.nbytes for items in shards for item in items)
+        _write_json(
+            destination / files.INDEX_FILE,
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+        )
+
+
+def _stored_tensors(source: plan.Source, items: Iterable[plan.Item]) -> Iterator[tuple[str, torch.Tensor]]:
+    def compress(item: plan.Item) -> list[tuple[str, torch.Tensor]]:
+        weight = source.read(item.name)
+        if item.module is None:
+            return [(item.name, weight)]
+        return list(zip(item.layout, item.module.compress(weight).values(), strict=True))
+
+    for tensors in map_ahead(compress, items):
+        yield from tensors
+
+
+def _config_of(model: "PreTrainedModel") -> dict[str, Any]:
+    """config.json as `save_pretrained` would write it."""
+    config = copy.deepcopy(model.config)
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    return json.loads(config.to_json_string())
+
+
+def _read_source_config(source: Path) -> dict[str, Any]:
+    if (source / "adapter_config.json").is_file():
+        raise EfxError(
+            f"{source} is an adapter; merge it with efx_plugin.merge_adapters(model) and save the merged model."
+        )
+    config = read_config(source)
+    if sparsity_of(config) is not None:
+        raise EfxError(f"{source} is stored sparsely already.")
+    if config.get("quantization_config") is not None:
+        raise EfxError(f"{source} is quantized; export stores pruned models that are not: prune the original instead.")
+    return config
+
+
+def _stored_twice(source: Path, index: Mapping[str, files.StoredTensor], tied: Mapping[str, str]) -> frozenset[str]:
+    """Tied weights that a directory holds under both names."""
+
+    def raw(name: str) -> torch.Tensor:
+        return files.read_tensor(source, index[name]).reshape(-1).view(torch.uint8)
+
+    return frozenset(
+        alias
+        for alias, weight in tied.items()
+        if alias in index
+        and weight in index
+        and (index[alias].dtype, index[alias].shape) == (index[weight].dtype, index[weight].shape)
+        and torch.equal(raw(alias), raw(weight))
+    )
+
+
+def _copy_companions(source: Path, destination: Path) -> None:
+    for path in sorted(source.iterdir()):
+        hidden = path.name.startswith(".")
+        if (
+            path.is_file()
+            and not hidden
+            and path.name not in _NOT_COPIED
+            and not path.name.endswith(_NOT_COPIED_SUFFIXES)
+        ):
+            shutil.copyfile(path, destination / path.name)
+    if (source / _COPIED_DIRECTORY).is_dir():
+        shutil.copytree(source / _COPIED_DIRECTORY, destination / _COPIED_DIRECTORY)
+
+
+def _read_recipe(recipe: str | os.PathLike | None) -> str | None:
+    """The text of a recipe, given as text (which has line breaks) or as a path."""
+    if recipe is None or (isinstance(recipe, str) and "\n" in recipe):
+        return recipe
+    try:
+        return Path(recipe).read_text()
+    except OSError as error:
+        raise EfxError(f"The recipe {recipe} cannot be read: {error.strerror}.") from error
+
+
+def _public_name(model: str | os.PathLike) -> str:
+    """The name of a model for others to read: of a local directory only the last part."""
+    return Path(model).absolute().name if os.path.isdir(model) else str(model)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _bar(what: str, total: int, progress: bool) -> tqdm:
+    return tqdm(desc=what, total=total, unit="B", unit_scale=True, delay=2, disable=not progress)

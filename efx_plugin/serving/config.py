@@ -1,0 +1,130 @@
+"""vLLM's compressed-tensors configuration, with the sparsity that vLLM has dropped."""
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.model_executor.layers.quantization.compressed_tensors.utils import find_matched_target, should_ignore_layer
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.models.utils import WeightsMapper
+
+from efx_plugin.checkpoint import FORMATS
+from efx_plugin.checkpoint.formats import PART_NAMES
+from efx_plugin.errors import EfxError
+from efx_plugin.serving.loading import refuse_parts
+from efx_plugin.serving.method import SparseLinearMethod
+
+
+class SparseCompressedTensorsConfig(CompressedTensorsConfig):
+    """`quantization_config` of config.json. Layers under `sparsity_config` are ours, all else is the parent's.
+
+    Attributes:
+        sparsity_format: "sparse-bitmask" or "sparse-24-bitmask"; None where nothing is stored sparse.
+        sparse_targets, sparse_ignore: module names, class names, or regular expressions after "re:".
+    """
+
+    sparsity_format: str | None = None
+    sparse_targets: list[str] = []  # noqa: RUF012 (replaced in from_config, never mutated)
+    sparse_ignore: list[str] = []  # noqa: RUF012
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "SparseCompressedTensorsConfig":
+        """Build from the `quantization_config` dictionary.
+
+        Raises:
+            EfxError: the sparsity is of a kind that cannot be served.
+        """
+        sparsity = config.get("sparsity_config") or {}
+        if sparsity.get("format", "dense") == "dense":  # nothing is stored sparse: vLLM decides
+            return super().from_config(config)
+        _check_servable(config)
+        self = super().from_config({key: value for key, value in config.items() if key != "sparsity_config"})
+        self.sparsity_format = sparsity["format"]
+        self.sparse_targets = sparsity["targets"]
+        self.sparse_ignore = sparsity.get("ignore") or []
+        return self
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Rename layer paths in targets and ignore as vLLM renames the model's modules."""
+        super().apply_vllm_mapper(hf_to_vllm_mapper)
+        self.sparse_targets = _map_paths(self.sparse_targets, hf_to_vllm_mapper)
+        self.sparse_ignore = _map_paths(self.sparse_ignore, hf_to_vllm_mapper)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Our method for a sparse linear layer, the parent's for everything else.
+
+        Raises:
+            EfxError: a fused layer is sparse in part, or a layer is both sparse and quantized.
+        """
+        if self.sparsity_format is None or not isinstance(layer, LinearBase | VocabParallelEmbedding):
+            return super().get_quant_method(layer, prefix)
+        shards = self._shard_names(prefix)
+        if not (isinstance(layer, LinearBase) and self._is_sparse(layer, prefix, shards)):
+            refuse_parts(layer, prefix, self.sparsity_format)
+            return super().get_quant_method(layer, prefix)
+        if self.get_scheme_dict(layer, prefix):
+            raise EfxError(
+                f"{prefix} is both sparse and quantized, which efx-plugin does not serve yet: export the model again "
+                "with one of the two, or list the layer in the `ignore` of `sparsity_config` or of its config group"
+            )
+        return SparseLinearMethod(self.sparsity_format, shards)
+
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> WeightsMapper:
+        """compressed-tensors up to 0.8 named its tensors `weight.compressed`, later releases `compressed`."""
+        old_names = {f".weight.{part}": f".{part}" for part in PART_NAMES}
+        return CompressedTensorsConfig.get_checkpoint_weight_mapper() | WeightsMapper(orig_to_new_suffix=old_names)
+
+    def _shard_names(self, prefix: str) -> list[str]:
+        """The checkpoint's modules behind one of vLLM's, in order: q_proj, k_proj and v_proj for a qkv_proj."""
+        parent, dot, name = prefix.rpartition(".")
+        return [f"{parent}{dot}{shard}" for shard in self.packed_modules_mapping.get(name, [name])]
+
+    def _is_sparse(self, layer: LinearBase, prefix: str, shards: list[str]) -> bool:
+        # Only the checkpoint's own names count: "re:.*v_proj" matches qkv_proj too, and does not mean q and k.
+        sparse = [
+            name
+            for name in shards
+            if find_matched_target(name, layer, self.sparse_targets) is not None
+            and not should_ignore_layer(name, self.sparse_ignore)
+        ]
+        if sparse and len(sparse) < len(shards):
+            dense = ", ".join(name for name in shards if name not in sparse)
+            raise EfxError(
+                f"{prefix} fuses {', '.join(shards)}, of which {dense} is dense by sparsity_config in config.json, and "
+                "vLLM needs all of them sparse or none: export the model again with all or none of them in `ignore`"
+            )
+        return bool(sparse)
+
+
+def _check_servable(config: dict[str, Any]) -> None:
+    sparsity = config["sparsity_config"]
+    if sparsity["format"] not in FORMATS:
+        raise EfxError(
+            f"sparsity_config.format is {sparsity['format']!r}, but efx-plugin serves {' and '.join(FORMATS)} only: "
+            "export the model again in one of these"
+        )
+    for key in ("targets", "ignore"):
+        names = sparsity.get(key) or []
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise EfxError(f"sparsity_config.{key} in config.json must be a list of strings, not {names!r}")
+    if not sparsity.get("targets"):
+        raise EfxError(
+            "sparsity_config.targets in config.json is empty, so that it does not say which layers are sparse: convert "
+            "the checkpoint with efx_plugin.load_sparse and save_sparse"
+        )
+    if config.get("transform_config"):
+        raise EfxError(
+            "the checkpoint has both a sparsity_config and a transform_config, and efx-plugin cannot apply transforms "
+            "to sparse layers: export the model again without one of the two"
+        )
+
+
+def _map_paths(names: list[str], mapper: WeightsMapper) -> list[str]:
+    """Rename layer paths; leave class names ("Linear") and regular expressions as they are."""
+    mapped: list[str] = []
+    for name in names:
+        is_path = "." in name and not name.startswith("re:")
+        mapped += mapper.apply_list([name]) if is_path else [name]
+    return mapped

@@ -1,0 +1,86 @@
+"""The whole way on the real model and real text, in small: LoRA, recipe, merge, sparse checkpoint, vLLM."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from efx_plugin.checkpoint import linear_bytes, load_sparse, save_sparse
+from efx_plugin.model.adapters import merge_adapters
+from integration.assets import smollm2, splits, token_blocks
+from integration.demo import block_sparsities, calibration_set, load, prune
+from integration.expert import perplexity, train_lora
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(smollm2())
+
+
+@pytest.fixture(scope="module")
+def text(tokenizer):
+    """Blocks of 128 tokens: a little for training, calibration and evaluation."""
+    sizes = {"train": 4096, "calibration": 2048, "heldout": 4096}
+    return {part: token_blocks(tokenizer, splits("legal")[part], 128, size) for part, size in sizes.items()}
+
+
+@pytest.fixture(scope="module")
+def adapter(tokenizer, text, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("adapter")
+    train_lora(load(smollm2()), tokenizer, text["train"]).save_pretrained(directory)
+    return directory
+
+
+def adapted(adapter):
+    return PeftModel.from_pretrained(load(smollm2()), adapter)
+
+
+@pytest.fixture(scope="module")
+def expert(tokenizer, text, adapter):
+    model = adapted(adapter)
+    prune(model.base_model.model, tokenizer, calibration_set(text["calibration"]), "expert_50.yaml")
+    return merge_adapters(model)
+
+
+def test_every_block_is_half_zeros_after_the_merge(expert):
+    sparsities = block_sparsities(expert)
+    assert len(sparsities) == 30
+    assert all(abs(sparsity - 0.5) < 0.002 for sparsity in sparsities.values())
+
+
+def test_the_expert_is_clearly_better_than_wanda_on_heldout_text(expert, tokenizer, text, adapter):
+    dense = merge_adapters(adapted(adapter))
+    dense.config._name_or_path = str(smollm2())
+    wanda = prune(dense, tokenizer, calibration_set(text["calibration"]), "wanda_50.yaml")
+    assert perplexity(expert, text["heldout"]) < 0.9 * perplexity(wanda, text["heldout"])
+
+
+def test_vllm_serves_the_tokens_of_the_dense_checkpoint(expert, tokenizer, text, tmp_path):
+    expert.save_pretrained(tmp_path / "dense")
+    save_sparse(expert, tmp_path / "sparse", tokenizer=tokenizer, progress=False)
+    size = linear_bytes(tmp_path / "sparse")
+    assert size["sparse"] <= 0.57 * size["dense"]
+    loaded = load_sparse(tmp_path / "sparse").state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in expert.state_dict().items())
+
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps(text["heldout"][:4, :24].tolist()))
+    served = {}
+    for kind in ("dense", "sparse"):
+        output = tmp_path / f"{kind}.json"
+        command = [ROOT / ".venv-serve/bin/python", ROOT / "integration/serve_once.py", "--model", tmp_path / kind]
+        command += ["--prompts", prompts, "--max-tokens", 24, "--output", output, "--eager"]
+        result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-3000:]
+        served[kind] = json.loads(output.read_text())
+    tokens = {kind: [output["token_ids"] for output in result["outputs"]] for kind, result in served.items()}
+    assert tokens["sparse"] == tokens["dense"]
+    assert (served["dense"]["operator"], served["sparse"]["operator"]) == ("dense", "reference")
