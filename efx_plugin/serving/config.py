@@ -25,8 +25,8 @@ class SparseCompressedTensorsConfig(CompressedTensorsConfig):
     """
 
     sparsity_format: str | None = None
-    sparse_targets: list[str] = []  # noqa: RUF012 (replaced in from_config, never mutated)
-    sparse_ignore: list[str] = []  # noqa: RUF012
+    sparse_targets: tuple[str, ...] = ()
+    sparse_ignore: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "SparseCompressedTensorsConfig":
@@ -41,8 +41,8 @@ class SparseCompressedTensorsConfig(CompressedTensorsConfig):
         _check_servable(config)
         self = super().from_config({key: value for key, value in config.items() if key != "sparsity_config"})
         self.sparsity_format = sparsity["format"]
-        self.sparse_targets = sparsity["targets"]
-        self.sparse_ignore = sparsity.get("ignore") or []
+        self.sparse_targets = tuple(sparsity["targets"])
+        self.sparse_ignore = tuple(sparsity.get("ignore") or ())
         return self
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
@@ -121,10 +121,10 @@ def _check_servable(config: dict[str, Any]) -> None:
         )
 
 
-def _map_paths(names: list[str], mapper: WeightsMapper) -> list[str]:
+def _map_paths(names: tuple[str, ...], mapper: WeightsMapper) -> tuple[str, ...]:
     """Rename layer paths; leave class names ("Linear") and regular expressions as they are."""
     mapped: list[str] = []
     for name in names:
         is_path = "." in name and not name.startswith("re:")
         mapped += mapper.apply_list([name]) if is_path else [name]
-    return mapped
+    return tuple(mapped)

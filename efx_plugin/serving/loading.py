@@ -68,7 +68,7 @@ class SparseWeightLoader:
         """
         if self.packed is None:
             shard = next(shard for shard in self.rows if shard not in self.loaded)
-            parts = self.parts.get(shard) or self.parts.get(None) or {}
+            parts = next((parts for key, parts in self.parts.items() if shard in self._members(key)), {})
             missing = ", ".join(part for part in self.part_names if part not in parts)
             raise SparseCheckpointError(
                 f"{self._name(shard)} is sparse according to config.json, but the checkpoint lacks its {missing}: "
