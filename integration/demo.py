@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from llmcompressor import oneshot
+from llmcompressor import LoggerConfig, configure_logger, oneshot
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
@@ -41,6 +41,7 @@ console = Console()
 
 def main() -> None:
     started = time.perf_counter()
+    configure_logger(LoggerConfig(console_log_level="WARNING"))  # the progress bars say enough
     torch.manual_seed(SEED)
     shutil.rmtree(OUTPUT, ignore_errors=True)
     OUTPUT.mkdir(parents=True)
@@ -179,27 +180,29 @@ def versions() -> dict[str, str]:
 def show(report: dict, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], outputs: list[dict]) -> None:
     ppl, disk, served = report["perplexity"], report["disk_bytes"], report["served"]
     table = Table(title=f"{report['model']}, {report['corpus']}, {SPARSITY:.0%} sparse, seed {SEED}")
-    for column in ("", "held-out perplexity", "linear weights on disk", "tokens/s in vLLM"):
-        table.add_column(column, justify="left" if not column else "right")
+    for column in ("model", "perplexity", "linears on disk", "tokens/s"):
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     speed = served["tokens_per_second"]
     dense_mb, sparse_mb = f"{disk['dense'] / 1e6:.0f} MB", f"{disk['sparse'] / 1e6:.0f} MB"
     table.add_row("base model", f"{ppl['base']:.2f}", dense_mb, "")
-    table.add_row("dense LoRA expert", f"{ppl['lora']:.2f}", dense_mb, f"{speed['dense']:.1f}")
+    table.add_row("dense LoRA expert", f"{ppl['lora']:.2f}", dense_mb, "")
     table.add_row("pruned by Wanda", f"{ppl['wanda']:.2f}", dense_mb, "")
     table.add_row("pruned by SparseGPT", f"{ppl['sparsegpt']:.2f}", dense_mb, "")
-    table.add_row(
-        "[bold]EfficientXpert", f"[bold]{ppl['expert']:.2f}", f"[bold]{sparse_mb}", f"[bold]{speed['sparse']:.1f}"
-    )
+    table.add_row("EfficientXpert, stored dense", f"{ppl['expert']:.2f}", dense_mb, f"{speed['dense']:.1f}")
+    table.add_row("EfficientXpert, sparse", f"{ppl['expert']:.2f}", sparse_mb, f"{speed['sparse']:.1f}", style="bold")
     console.print(table)
     console.print(
         f"Against Wanda {1 - ppl['expert'] / ppl['wanda']:.1%} and against SparseGPT "
         f"{1 - ppl['expert'] / ppl['sparsegpt']:.1%} lower perplexity; sparse linears take "
         f"{disk['sparse'] / disk['dense']:.3f} of dense; tokens equal to the dense checkpoint's: "
-        f"{served['tokens_equal']}; sparse operator: {served['operator']}; {report['seconds']:.0f} s in all."
+        f"{served['tokens_equal']}; sparse operator: {served['operator']}; every decoder block "
+        f"{report['block_sparsity']['min']:.4f} to {report['block_sparsity']['max']:.4f} zeros; "
+        f"{report['seconds']:.0f} s in all."
     )
     for prompt, output in zip(prompts, outputs, strict=True):
-        console.print(f"[dim]{tokenizer.decode(prompt)}[/dim][bold]{output['text']}[/bold]", markup=True)
-        console.print()
+        console.rule("[dim]held-out text, and how the sparse expert goes on in vLLM", align="left")
+        console.print(tokenizer.decode(prompt).strip(), style="dim", markup=False, highlight=False)
+        console.print(f">>>{output['text']}", style="bold", markup=False, highlight=False)
     console.print(f"Report: {(OUTPUT / 'report.json').relative_to(ROOT)}")
 
 
