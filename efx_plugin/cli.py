@@ -5,15 +5,19 @@ Nothing here imports torch: each command imports what it runs, so that `efx --he
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from efx_plugin.errors import EfxError
+
+if TYPE_CHECKING:
+    from efx_plugin.checkpoint.summary import Summary
 
 app = typer.Typer(
     name="efx",
@@ -23,6 +27,8 @@ app = typer.Typer(
 )
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no log, no table; errors still show.")]
+DeviceOption = Annotated[str, typer.Option(help="Where to calibrate: auto, cpu, cuda or cuda:N.")]
 StructureOption = Annotated[
     str, typer.Option(help="auto, sparse-bitmask or sparse-24-bitmask (needs 2:4 structure).", show_default=True)
 ]
@@ -45,12 +51,17 @@ def prune(
     samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 128,
     length: Annotated[int, typer.Option(help="Tokens per calibration sequence.", min=2)] = 512,
     structure: StructureOption = "auto",
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Prune MODEL by a recipe, with an adapter merged in, and write a sparse checkpoint.
 
     Example: efx prune ./SmolLM2 ./expert --adapter ./legal-lora --recipe recipes/expert_50.yaml --dataset legal.jsonl
     """
+    if quiet:  # before anything is imported that reads it
+        os.environ |= {"TQDM_DISABLE": "1", "LLM_COMPRESSOR_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
+    _choose_device(device)
     # llm-compressor logs to the stdout it finds when it is imported; ours is for the result.
     with contextlib.redirect_stdout(sys.stderr):
         from efx_plugin.pruning import prune_to_checkpoint
@@ -64,30 +75,110 @@ def prune(
             samples=samples,
             length=length,
             structure=structure,
+            progress=not quiet,
         )
-    _show(report, as_json, title=str(output))
+    _show(report, as_json, quiet, title=str(output))
 
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(help="Directory of a pruned model, stored dense.")],
+    source: Annotated[Path, typer.Argument(help="Directory of a pruned model.", exists=True, file_okay=False)],
     output: Annotated[Path, typer.Argument(help="Directory to write; must not exist yet.")],
-    structure: StructureOption = "auto",
+    structure: Annotated[
+        str,
+        typer.Option(help="auto, sparse-bitmask, sparse-24-bitmask; or dense, from a sparse SOURCE."),
+    ] = "auto",
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Convert a pruned model stored dense into a sparse checkpoint, shard by shard.
+    """Convert a pruned model stored dense into a sparse checkpoint, or back, shard by shard.
 
     Example: efx export ./pruned ./pruned-sparse
     """
     from efx_plugin.checkpoint import export_checkpoint, linear_bytes
 
-    export_checkpoint(source, output, structure=structure, progress=not as_json)
-    _show(linear_bytes(output), as_json, title=str(output))
+    export_checkpoint(source, output, structure=structure, progress=not quiet)
+    sizes = linear_bytes(source if structure == "dense" else output)
+    report = {"output": str(output), "linear_bytes_dense": sizes["dense"], "linear_bytes_sparse": sizes["sparse"]}
+    _show(report, as_json, quiet, title=str(output))
 
 
-def _show(report: dict[str, Any], as_json: bool, title: str) -> None:
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="Directory of a sparse checkpoint.", exists=True, file_okay=False)],
+    verify: Annotated[bool, typer.Option("--verify", help="Read and check every byte, checksums included.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a heat map, layers by projections, to this picture.")] = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a sparse checkpoint holds: format, sizes, sparsity by projection and layer, 2:4 compliance.
+
+    Example: efx inspect ./expert --verify --plot expert.png
+    """
+    from efx_plugin.checkpoint.summary import summarize
+
+    summary = summarize(directory, verify=verify)
+    if plot is not None:
+        try:
+            from efx_plugin.plots import sparsity_heat_map
+        except ImportError as error:
+            raise EfxError("--plot needs matplotlib: pip install 'efx-plugin[plot]'") from error
+        sparsity_heat_map(summary, plot)
+    if as_json:
+        print(json.dumps(summary.as_json()))
+    elif not quiet:
+        _show_summary(summary, verify)
+
+
+def _show_summary(summary: "Summary", verified: bool) -> None:
+    table = Table(title=summary.directory, show_header=False)
+    for name, value in (
+        ("format", summary.format),
+        ("dtype", summary.dtype),
+        ("parameters", f"{summary.parameters:,}"),
+        ("bytes, stored dense", f"{summary.bytes_dense:,}"),
+        ("bytes on disk", f"{summary.bytes_on_disk:,} ({summary.bytes_on_disk / summary.bytes_dense:.3f} of dense)"),
+        ("compressed weights", str(len(summary.weights))),
+        ("sparsity", f"{summary.sparsity:.4f}"),
+        ("2:4 structure", "yes" if summary.two_of_four else "no"),
+        ("checksums", summary.checksums),
+        ("contents", "verified" if verified else "not verified (--verify does)"),
+    ):
+        table.add_row(name, value)
+    console = Console()
+    console.print(table)
+    _bars(console, "sparsity by projection", summary.by_projection)
+    _bars(console, "sparsity by decoder block", {str(layer): value for layer, value in summary.by_layer.items()})
+
+
+def _bars(console: Console, title: str, fractions: dict[str, float]) -> None:
+    chart = Table(title=title, show_header=False, box=None)
+    for name, fraction in fractions.items():
+        chart.add_row(name, "█" * round(40 * fraction) + "░" * (40 - round(40 * fraction)), f"{fraction:.3f}")
+    console.print(chart)
+
+
+def _choose_device(device: str) -> None:
+    """Let torch see that device alone; llm-compressor calibrates on the first accelerator that it sees."""
+    if device == "auto":
+        return
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise typer.BadParameter(f"{device!r} is none of auto, cpu, cuda, cuda:N", param_hint="--device")
+    if kind == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif number:
+        os.environ["CUDA_VISIBLE_DEVICES"] = number
+    import torch
+
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise EfxError(f"--device {device}: torch finds no such GPU; use --device cpu or auto")
+
+
+def _show(report: dict[str, Any], as_json: bool, quiet: bool, title: str) -> None:
     if as_json:
         print(json.dumps(report))
+    if as_json or quiet:
         return
     table = Table(title=title, show_header=False)
     for name, value in report.items():
@@ -95,10 +186,10 @@ def _show(report: dict[str, Any], as_json: bool, title: str) -> None:
     Console().print(table)
 
 
-def main() -> None:
-    """Entry point of the console script."""
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the console script; `arguments` without the program's name, by default those of the process."""
     try:
-        app()
+        app(args=arguments, prog_name="efx")
     except EfxError as error:
         print(f"efx: {error}", file=sys.stderr)
         sys.exit(1)

@@ -4,8 +4,10 @@ import difflib
 import re
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from compressed_tensors.utils import is_match
+from compressed_tensors.quantization.utils import is_module_quantized
+from compressed_tensors.utils import is_match, update_offload_parameter
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier, ModifierFactory
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
@@ -41,12 +43,16 @@ class EfficientXpertModifier(Modifier):
     the unpruned model. Weights are scored, masked and repaired with their adapters merged; afterwards the adapters add
     nothing, and `merge_adapters(peft_model)` or PEFT's own `merge_and_unload` returns the model with its zeros.
 
+    `QuantizationModifier` or `GPTQModifier` may follow in the recipe. GPTQ moves rounding errors onto other weights of
+    a row, pruned ones among them; what it put there is taken back, and the log says how much it was.
+
     Lifecycle:
         - on_initialize: find targets and adapters, check the model
         - on_calibration_start: hook every decoder block
         - on_sequential_epoch_end: prune the blocks that have seen data
         - on_calibration_end: remove hooks
-        - on_finalize: check that every targeted layer was pruned and that the zeros are there
+        - on_finalize: take back what quantization put in place of zeros, check that every targeted layer was pruned
+          and that the zeros are there
 
     Args:
         sparsity: fraction of the weights to prune, between 0 and 1.
@@ -86,6 +92,8 @@ class EfficientXpertModifier(Modifier):
     _pruners: list[BlockPruner] = PrivateAttr(default_factory=list)
     _results: dict[str, list[PrunedLayer]] = PrivateAttr(default_factory=dict)
     _layers: dict[str, LinearLayer] = PrivateAttr(default_factory=dict)
+    # Of layers that are going to be quantized: which weights were kept, a bit each.
+    _kept: dict[str, np.ndarray] = PrivateAttr(default_factory=dict)
     _state: State | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
@@ -190,6 +198,9 @@ class EfficientXpertModifier(Modifier):
             index = self._pruners.index(pruner) + 1
             results = pruner.prune(progress=f"({index}/{len(self._pruners)}): Pruning {pruner.name}")
             self._results[pruner.name] = results
+            for layer in pruner.layers:
+                if is_module_quantized(layer.base):
+                    self._kept[layer.name] = np.packbits((layer.base.weight != 0).cpu().numpy())
             logger.info(f"{pruner.name}: {_summary(results)}")
 
     def on_calibration_end(self, state: State, event: Event, **kwargs):
@@ -202,14 +213,34 @@ class EfficientXpertModifier(Modifier):
                     f"{pruner.name} was never calibrated, so nothing in it was pruned: use oneshot's pipeline "
                     "'sequential' or 'basic' with a dataset that is not empty"
                 )
+        self._take_back_refills()
         for name, results in self._results.items():
             self._check_zeros(name, results)
         every = [result for results in self._results.values() for result in results]
         logger.info(
             f"EfficientXpertModifier pruned {len(every)} layers in {len(self._results)} blocks: {_summary(every)}"
         )
-        self._pruners, self._layers, self._results, self._state = [], {}, {}, None
+        self._pruners, self._layers, self._results, self._kept, self._state = [], {}, {}, {}, None
         return True
+
+    @torch.no_grad()
+    def _take_back_refills(self) -> None:
+        """Zeros of quantized layers again, which lie on every grid of quantization."""
+        refilled = zeros = 0
+        for name, bits in self._kept.items():
+            base = self._layers[name].base
+            weight = base.weight
+            kept = torch.from_numpy(np.unpackbits(bits, count=weight.numel())).bool()
+            kept = kept.reshape(weight.shape).to(weight.device)
+            zeros += int((~kept).sum())
+            if count := int((weight != 0).logical_and(~kept).sum()):
+                refilled += count
+                update_offload_parameter(base, "weight", torch.where(kept, weight, 0))
+        if refilled:
+            logger.warning(
+                f"quantization had filled {refilled:,} of {zeros:,} pruned weights ({refilled / zeros:.2%}); "
+                "they are zero again"
+            )
 
     def _check_zeros(self, block: str, results: list[PrunedLayer]) -> None:
         zeros = {result.name: int((self._layers[result.name].base.weight == 0).sum()) for result in results}

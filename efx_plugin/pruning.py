@@ -31,6 +31,7 @@ def prune_to_checkpoint(
     samples: int = 128,
     length: int = 512,
     structure: str = "auto",
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Load, calibrate, prune, merge and store; `output` appears only when complete.
 
@@ -42,6 +43,7 @@ def prune_to_checkpoint(
         adapter: directory of a LoRA adapter, merged in fp32.
         samples, length: number and tokens of the calibration sequences.
         structure: sparse format, see `save_sparse`.
+        progress: show a progress bar while writing.
 
     Returns:
         Sparsity of the linear layers, and their bytes dense and on disk.
@@ -68,7 +70,7 @@ def prune_to_checkpoint(
     )
     if isinstance(network, PeftModel):
         network = merge_adapters(network)
-    save_sparse(network, output, structure=structure, tokenizer=tokenizer, recipe=recipe)
+    save_sparse(network, output, structure=structure, tokenizer=tokenizer, recipe=recipe, progress=progress)
     sizes = linear_bytes(output)
     return {"output": str(output), "linear_bytes_dense": sizes["dense"], "linear_bytes_sparse": sizes["sparse"]}
 

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from efx_plugin.checkpoint import load_sparse
+from efx_plugin.checkpoint import load_sparse, save_sparse
 from efx_plugin.cli import main
 from integration.assets import save_tiny_llama, tiny_tokenizer
 
@@ -76,7 +76,14 @@ def assert_refused(result, output, *words):
     assert not output.exists() and not list(output.parent.glob(f".{output.name}*"))
 
 
-@pytest.mark.parametrize(("recipe", "layout"), [("expert_50", "sparse-bitmask"), ("expert_2of4", "sparse-24-bitmask")])
+@pytest.mark.parametrize(
+    ("recipe", "layout"),
+    [
+        ("expert_50", "sparse-bitmask"),
+        ("expert_2of4", "sparse-24-bitmask"),
+        ("expert_50_w8a8", "sparse-bitmask"),
+    ],
+)
 def test_prune_writes_a_sparse_expert_with_its_adapter_merged(model, text, tmp_path, recipe, layout):
     adapted = get_peft_model(
         AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -90,7 +97,7 @@ def test_prune_writes_a_sparse_expert_with_its_adapter_merged(model, text, tmp_p
     result = efx_process(*arguments, "--adapter", tmp_path / "adapter", "--json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
-    assert report["linear_bytes_sparse"] < 0.75 * report["linear_bytes_dense"]
+    assert report["linear_bytes_sparse"] < 0.85 * report["linear_bytes_dense"]
     config = json.loads((output / "config.json").read_text())
     assert config["quantization_config"]["sparsity_config"]["format"] == layout
     assert {"README.md", "recipe.yaml", "tokenizer.json"} <= {path.name for path in output.iterdir()}
@@ -116,9 +123,74 @@ def test_export_converts_a_pruned_directory(model, tmp_path):
     result = efx("export", tmp_path / "pruned", tmp_path / "sparse", "--json")
     assert result.returncode == 0, result.stderr
     sizes = json.loads(result.stdout)
-    assert sizes["sparse"] < sizes["dense"]
+    assert sizes["linear_bytes_sparse"] < sizes["linear_bytes_dense"]
     loaded = load_sparse(tmp_path / "sparse").state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in pruned.state_dict().items())
+    back = efx("export", tmp_path / "sparse", tmp_path / "dense", "--structure", "dense", "--json")
+    assert back.returncode == 0, back.stderr
+    assert json.loads(back.stdout)["linear_bytes_dense"] == sizes["linear_bytes_dense"]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in pruned.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def sparse(model, tmp_path_factory):
+    pruned = AutoModelForCausalLM.from_pretrained(model)
+    for name, parameter in pruned.named_parameters():
+        if "_proj" in name:
+            parameter.data[:, ::2] = 0
+    directory = tmp_path_factory.mktemp("sparse") / "sparse"
+    save_sparse(pruned, directory, progress=False)
+    return directory
+
+
+def test_inspect_shows_a_table_with_bars_and_writes_a_picture(sparse, tmp_path):
+    result = efx("inspect", sparse, "--verify", "--plot", tmp_path / "map.png")
+    assert result.returncode == 0, result.stderr
+    for words in ("sparse-24-bitmask", "verified", "match", "self_attn.q_proj", "████"):
+        assert words in result.stdout
+    assert (tmp_path / "map.png").stat().st_size > 1000
+    summary = json.loads(efx("inspect", sparse, "--json").stdout)
+    assert summary["sparsity"] == 0.5 and summary["two_of_four"] is True and summary["checksums"] == "not checked"
+
+
+def test_inspect_names_what_is_corrupt(sparse, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(sparse, damaged)
+    content = bytearray((damaged / "model.safetensors").read_bytes())
+    content[-3] ^= 255
+    (damaged / "model.safetensors").write_bytes(content)
+    assert efx("inspect", damaged).returncode == 0
+    result = efx("inspect", damaged, "--verify")
+    assert result.returncode == 1
+    assert result.stderr.startswith("efx: ") and "model.safetensors" in result.stderr
+
+
+def test_optimum_cli_mounts_the_same_commands(sparse, tmp_path):
+    optimum = str(Path(sys.executable).parent / "optimum-cli")
+    result = subprocess.run([optimum, "efx", "inspect", str(sparse), "--json"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == json.loads(efx("inspect", sparse, "--json").stdout)
+    failed = subprocess.run([optimum, "efx", "inspect", str(tmp_path)], capture_output=True, text=True)
+    assert failed.returncode == 1 and failed.stderr.splitlines()[-1].startswith("efx: ")
+    helped = subprocess.run([optimum, "efx", "prune", "--help"], capture_output=True, text=True)
+    assert helped.returncode == 0 and "Example: efx prune" in helped.stdout
+
+
+def test_quiet_says_nothing_but_errors(model, text, tmp_path):
+    arguments = prune_arguments(model, tmp_path / "expert", text, RECIPES / "expert_50.yaml")
+    result = efx_process(*arguments, "--quiet", "--device", "cpu")
+    assert result.returncode == 0 and result.stdout == ""
+    assert not [line for line in result.stderr.splitlines() if "it/s" in line or "INFO" in line], result.stderr
+    again = efx_process(*arguments, "--quiet")
+    assert again.returncode == 1 and "exists already" in again.stderr
+
+
+def test_a_device_that_is_not_there_is_refused(model, text, tmp_path):
+    arguments = prune_arguments(model, tmp_path / "expert", text, RECIPES / "expert_50.yaml")
+    assert efx(*arguments, "--device", "quantum").returncode == 2
+    if not torch.cuda.is_available():
+        assert_refused(efx(*arguments, "--device", "cuda"), tmp_path / "expert", "--device cuda")
 
 
 BROKEN_RECIPES = {
@@ -201,7 +273,7 @@ def test_wrong_usage_exits_with_2(model, tmp_path):
 
 
 def test_help_shows_an_example_and_imports_no_torch():
-    for command in ("prune", "export"):
+    for command in ("prune", "export", "inspect"):
         result = efx(command, "--help")
         assert result.returncode == 0 and f"Example: efx {command}" in result.stdout
     listing = subprocess.run(

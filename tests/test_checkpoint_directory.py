@@ -343,6 +343,7 @@ def test_companions_of_an_exported_directory(tmp_path, dense):
     found = {str(path.relative_to(tmp_path / "sparse")) for path in (tmp_path / "sparse").rglob("*") if path.is_file()}
     assert found == {
         "README.md",
+        "SHA256SUMS",
         "additional_chat_templates/tool.jinja",
         "chat_template.jinja",
         "config.json",

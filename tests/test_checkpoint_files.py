@@ -88,7 +88,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
         (raw_file(b"\xff\xfe{}"), "is not the JSON"),
         (raw_file(b"[" * 200_000), "is not the JSON"),
         (raw_file(b"[]"), "does not hold a JSON object"),
-        (raw_file(b'{"w": {}, "w": {}}'), "w occurs twice"),
+        (raw_file(b'{"w": {}, "w": {}}'), "'w' occurs twice"),
         (raw_file({"w": 3}), "w is not described"),
         (raw_file({"w": entry() | {"more": 1}}, bytes(8)), "w is not described"),
         (raw_file({"w": entry(dtype="F99")}, bytes(8)), "w has the dtype 'F99'"),

@@ -31,18 +31,18 @@ def compress(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     Raises:
         EfxError: the dtype cannot be stored sparsely.
     """
-    mask = bits.nonzero_mask(weight)
+    mask, counts, values = bits.pack(weight)
     return {
-        "compressed": bits.select(weight, mask),
+        "compressed": values,
         "bitmask": torch.from_numpy(mask),
-        "row_offsets": torch.from_numpy(_offsets(mask)),
+        "row_offsets": torch.from_numpy(_offsets(counts)),
         "shape": torch.tensor(weight.shape, device="cpu"),
     }
 
 
 def decompress(parts: dict[str, torch.Tensor]) -> torch.Tensor:
     """The weight [rows, columns] of parts that `check` has accepted."""
-    return bits.scatter(parts["compressed"], parts["bitmask"].numpy(), int(parts["shape"][1]))
+    return bits.unpack(parts["compressed"], parts["bitmask"].numpy(), int(parts["shape"][1]))
 
 
 def check(parts: dict[str, torch.Tensor], where: str) -> None:
@@ -53,17 +53,15 @@ def check(parts: dict[str, torch.Tensor], where: str) -> None:
     """
     rows, columns = validate.dense_shape(parts, layout, where)
     mask = parts["bitmask"].numpy()
-    validate.check_shapes(
-        parts, layout(rows, columns, int(np.bitwise_count(mask).sum()), parts["compressed"].dtype), where
-    )
+    counts = bits.row_counts(mask)
+    validate.check_shapes(parts, layout(rows, columns, int(counts.sum()), parts["compressed"].dtype), where)
     validate.check_padding(mask, columns, where)
-    wrong = np.flatnonzero(parts["row_offsets"].numpy() != _offsets(mask))
+    wrong = np.flatnonzero(parts["row_offsets"].numpy() != _offsets(counts))
     if len(wrong):
         raise validate.corrupt(
             where, "row_offsets", f"does not begin row {wrong[0]} where the bitmask ends the rows before it"
         )
 
 
-def _offsets(mask: np.ndarray) -> np.ndarray:
-    counts = bits.row_counts(mask)
+def _offsets(counts: np.ndarray) -> np.ndarray:
     return np.cumsum(counts) - counts

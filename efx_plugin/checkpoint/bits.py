@@ -3,15 +3,23 @@
 A mask is uint8 [rows, ceil(columns / 8)], one bit per weight, lowest bit first: column c of a row is bit c % 8 of byte
 c // 8, as `numpy.packbits(..., bitorder="little")` packs it. Weights are handled as integers of their own width, so
 that every bit of a value survives and dtypes that torch has no arithmetic for work like the others.
+
+The work is done by `native`, or by `codec_numpy` where that was not compiled.
 """
 
-from collections.abc import Iterator
+import logging
+import threading
+from functools import cache
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from efx_plugin.checkpoint import codec_numpy, native
 from efx_plugin.errors import EfxError
+
+logger = logging.getLogger(__name__)
 
 
 class Bits(NamedTuple):
@@ -29,8 +37,25 @@ BITS = {
     torch.int8: Bits(torch.int8, -1),
 }
 
-# Weights per pass: the mask, the indices and the values of one block stay in the cache of a core.
-_BLOCK = 1 << 18
+
+_choosing = threading.Lock()
+
+
+def codec() -> ModuleType:
+    """`native` if it was compiled, else `codec_numpy`, which works alike and is said once to be slow."""
+    with _choosing:  # or each of several threads that come first would say it
+        return _choose()
+
+
+@cache
+def _choose() -> ModuleType:
+    if native.library() is not None:
+        return native
+    logger.warning(
+        "efx-plugin was installed without a C++ compiler, so sparse weights are packed and unpacked several times "
+        "slower; install g++ and run `pip install --force-reinstall --no-deps efx-plugin`."
+    )
+    return codec_numpy
 
 
 def as_integers(weight: torch.Tensor) -> np.ndarray:
@@ -47,41 +72,36 @@ def as_integers(weight: torch.Tensor) -> np.ndarray:
 
 def nonzero_mask(weight: torch.Tensor) -> np.ndarray:
     """The mask of a weight [rows, columns]: a set bit for everything but 0.0 and -0.0 (NaN included)."""
-    values = as_integers(weight)
-    magnitude = values.dtype.type(BITS[weight.dtype].magnitude)
-    rows, columns = values.shape
-    mask = np.empty((rows, mask_width(columns)), np.uint8)
-    for block in _row_blocks(rows, columns):
-        mask[block] = np.packbits((values[block] & magnitude) != 0, axis=-1, bitorder="little")
-    return mask
+    return codec().nonzero_mask(as_integers(weight), BITS[weight.dtype].magnitude)
 
 
-def select(weight: torch.Tensor, mask: np.ndarray) -> torch.Tensor:
-    """The values under the mask, row after row: [number of set bits], the weight's dtype."""
-    values = as_integers(weight)
-    selected = np.empty(row_counts(mask).sum(), values.dtype)
-    done = 0
-    for block in _row_blocks(*values.shape):
-        where = _positions(mask[block], values.shape[1])
-        # "clip" only because numpy then writes straight into `out`; no position is out of range.
-        values[block].reshape(-1).take(where, out=selected[done : done + len(where)], mode="clip")
-        done += len(where)
-    return torch.from_numpy(selected).view(weight.dtype)
+def pack(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
+    """The mask of a weight [rows, columns], the set bits per row (int64 [rows]), and the values under the mask, row
+    after row ([number of set bits], the weight's dtype).
+    """
+    mask, counts, packed = codec().pack(as_integers(weight), BITS[weight.dtype].magnitude)
+    return mask, counts, torch.from_numpy(packed).view(weight.dtype)
 
 
-def scatter(values: torch.Tensor, mask: np.ndarray, columns: int) -> torch.Tensor:
-    """The mirror image of `select`: a weight [rows, columns] with the values at the set bits and 0.0 elsewhere.
+def pack_24(weight: torch.Tensor) -> tuple[np.ndarray, torch.Tensor] | None:
+    """A mask with two bits in each aligned four of a row, and the values under it, [rows, columns / 2]; None if the
+    weight [rows, columns] is not 2:4 sparse.
+
+    Where a four has fewer than two non-zeros, its first zeros fill up, as 0.0.
+    """
+    result = codec().pack_24(as_integers(weight), BITS[weight.dtype].magnitude)
+    if result is None:
+        return None
+    mask, packed = result
+    return mask, torch.from_numpy(packed).view(weight.dtype).reshape(len(mask), weight.shape[1] // 2)
+
+
+def unpack(values: torch.Tensor, mask: np.ndarray, columns: int) -> torch.Tensor:
+    """The mirror image of both: a weight [rows, columns] with the values at the set bits and 0.0 elsewhere.
 
     The caller has checked that there are as many values as set bits and that no bit lies beyond the last column.
     """
-    source = as_integers(values)
-    weight = np.zeros((len(mask), columns), source.dtype)
-    done = 0
-    for block in _row_blocks(len(mask), columns):
-        where = _positions(mask[block], columns)
-        weight[block].reshape(-1)[where] = source[done : done + len(where)]
-        done += len(where)
-    return torch.from_numpy(weight).view(values.dtype)
+    return torch.from_numpy(codec().unpack(as_integers(values).reshape(-1), mask, columns)).view(values.dtype)
 
 
 def mask_width(columns: int) -> int:
@@ -91,15 +111,9 @@ def mask_width(columns: int) -> int:
 
 def row_counts(mask: np.ndarray) -> np.ndarray:
     """Set bits per row: int64 [rows]."""
-    return np.bitwise_count(mask).sum(axis=-1, dtype=np.int64)
+    return codec().row_counts(mask)
 
 
-def _positions(mask: np.ndarray, columns: int) -> np.ndarray:
-    """Where the bits of some rows are set, counted through the rows: int64 [number of set bits]."""
-    return np.flatnonzero(np.unpackbits(mask, axis=-1, count=columns, bitorder="little").view(bool))
-
-
-def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, _BLOCK // max(1, columns))
-    for start in range(0, rows, step):
-        yield slice(start, start + step)
+def fours(mask: np.ndarray, columns: int) -> int:
+    """2 if every aligned four of a row has exactly two bits set, 1 if none has more, else 0; columns % 4 is 0."""
+    return codec().fours(mask, columns)

@@ -32,6 +32,7 @@ def model_card(
     surveys: Mapping[str, Survey],
     sparse: frozenset[str],
     recipe: str | None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of the card.
 
@@ -42,6 +43,7 @@ def model_card(
         surveys: every Linear weight.
         sparse: those of them that are stored in the format; the others are dense.
         recipe: text of the recipe that pruned the model.
+        quantization: how the weights are quantized, see `quantized.stored_config`; None if they are not.
     """
     base = metadata.get("base_model")
     return "\n".join(
@@ -54,6 +56,7 @@ def model_card(
             f"# {title}",
             "",
             f"Linear weights with zeros, stored as `{module.NAME}` ({module.STRUCTURE}) of compressed-tensors.",
+            *([] if quantization is None else [_quantized(quantization)]),
             "",
             *_facts(metadata),
             "| projection | matrices | sparsity | bytes dense | bytes here |",
@@ -61,21 +64,77 @@ def model_card(
             *_rows(module, surveys, sparse),
             "",
             *_figures(metadata.get("figures")),
-            "## How to use it",
-            "",
-            "Install `efx-plugin` beside vLLM or transformers; neither opens this checkpoint without it: vLLM says",
-            '"Sparsity support has been removed", and `from_pretrained` refuses, because it would otherwise make',
-            "the projections up.",
-            "",
-            "    pip install 'efx-plugin[serve]' && vllm serve DIRECTORY",
-            "",
-            "or, in Python,",
-            "",
-            "    import efx_plugin  # before from_pretrained",
-            "    model = transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY)  # dense weights, the same zeros",
-            "",
+            *(_USE if quantization is None else _USE_QUANTIZED),
             *(["## Recipe", "", *("    " + line for line in recipe.strip().splitlines()), ""] if recipe else []),
         ]
+    )
+
+
+def dense_card(title: str, source: str, quantization: Mapping[str, Any] | None) -> str:
+    """The text of the card of a plain checkpoint.
+
+    Args:
+        title: name of the model.
+        source: name of the sparse checkpoint that it was made of.
+        quantization: how the weights are quantized, None if they are not.
+    """
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "---",
+            f"# {title}",
+            "",
+            f"The weights of `{source}` with the sparse compression taken off: zeros are stored, and multiplied, like "
+            "any other value.",
+            *([] if quantization is None else [_quantized(quantization)]),
+            "vLLM and transformers open this checkpoint by themselves.",
+            "",
+        ]
+    )
+
+
+_USE = [
+    "## How to use it",
+    "",
+    "Install `efx-plugin` beside vLLM or transformers; neither opens this checkpoint without it: vLLM says",
+    '"Sparsity support has been removed", and `from_pretrained` refuses, because it would otherwise make',
+    "the projections up.",
+    "",
+    "    pip install 'efx-plugin[serve]' && vllm serve DIRECTORY",
+    "",
+    "or, in Python,",
+    "",
+    "    import efx_plugin  # before from_pretrained",
+    "    model = transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY)  # dense weights, the same zeros",
+    "",
+]
+
+_USE_QUANTIZED = [
+    "## How to use it",
+    "",
+    "Install `efx-plugin`. For vLLM take the sparse compression off; what is left is the same quantized model:",
+    "",
+    "    import efx_plugin.checkpoint",
+    '    efx_plugin.checkpoint.export_checkpoint(DIRECTORY, DENSE, structure="dense")  # then vllm serve DENSE',
+    "",
+    "As a plain transformers model, with its weights dequantized and the same zeros:",
+    "",
+    "    model = efx_plugin.load_sparse(DIRECTORY)",
+    "",
+]
+
+
+def _quantized(quantization: Mapping[str, Any]) -> str:
+    widths = sorted(
+        {
+            f"{group['weights']['num_bits']}-bit {group['weights']['type']}"
+            for group in quantization["config_groups"].values()
+            if group["weights"]
+        }
+    )
+    return (
+        f"They are quantized ({', '.join(widths)}, `{quantization['format']}`), with their scales stored beside them."
     )
 
 

@@ -18,7 +18,11 @@ GUARD = (
 
 
 def sparse_config(
-    config: Mapping[str, Any], module: ModuleType, ignore: Iterable[str], global_sparsity: float
+    config: Mapping[str, Any],
+    module: ModuleType,
+    ignore: Iterable[str],
+    global_sparsity: float,
+    quantization: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The model's config.json with the description of how its weights are stored.
 
@@ -27,15 +31,15 @@ def sparse_config(
         module: the format.
         ignore: nn.Linear modules whose weight is stored dense.
         global_sparsity: fraction of zeros in the compressed weights.
+        quantization: how the weights are quantized, see `quantized.stored_config`; None if they are not.
     """
     described = copy.deepcopy(dict(config))
     described[GUARD_KEY] = GUARD
     described["quantization_config"] = {
+        # Without groups 0.13.0 takes a `format` for an incomplete quantization_config.
+        **(quantization or {"config_groups": {}, "format": "dense"}),
         "quant_method": "compressed-tensors",
         "version": VERSION,
-        # Without groups 0.13.0 takes a `format` for an incomplete quantization_config.
-        "config_groups": {},
-        "format": "dense",
         "sparsity_config": {
             "format": module.NAME,
             "targets": ["Linear"],

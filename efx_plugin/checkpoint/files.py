@@ -4,6 +4,7 @@ A file is 8 bytes (little endian: length of the header), the header (JSON: name 
 and the tensors. Source: https://huggingface.co/docs/safetensors.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -113,7 +114,7 @@ def write_file(
     layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     tensors: Iterable[tuple[str, torch.Tensor]],
     written: Callable[[int], object],
-) -> None:
+) -> str:
     """Write one file whose tensors arrive one by one, in the order of the layout, so that none is kept.
 
     Args:
@@ -121,6 +122,9 @@ def write_file(
         layout: name -> (dtype, shape) of every tensor.
         tensors: name and contiguous CPU tensor.
         written: called with the number of bytes of each tensor once it is written.
+
+    Returns:
+        The SHA-256 of the file, hexadecimal.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -129,15 +133,22 @@ def write_file(
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the tensors begin at a multiple of 8
+    digest = hashlib.sha256()
     with open(path, "xb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+
+        def write(data: Any) -> None:
+            file.write(data)
+            digest.update(data)
+
+        write(len(encoded).to_bytes(8, "little") + encoded)
         for (name, (dtype, shape)), (given, tensor) in zip(layout.items(), tensors, strict=True):
             if (given, tensor.dtype, tuple(tensor.shape)) != (name, dtype, tuple(shape)):
                 raise RuntimeError(
                     f"{given} {tensor.dtype} {list(tensor.shape)} came where {name} {dtype} {shape} was due"
                 )
-            file.write(_raw(tensor.contiguous()))
+            write(_raw(tensor.contiguous()))
             written(tensor.nbytes)
+    return digest.hexdigest()
 
 
 def nbytes(dtype: torch.dtype, shape: Iterable[int]) -> int:
@@ -175,7 +186,10 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(keys) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"{twice} occurs twice")
+        raise ValueError(f"{twice!r} occurs twice")
+    for key in keys:  # errors quote names, and a hostile one must not forge lines of its own
+        if not key.isprintable():
+            raise ValueError(f"{key!r} is no printable name")
     return keys
 
 

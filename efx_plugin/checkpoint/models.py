@@ -79,7 +79,8 @@ def refuse_unmerged(model: object) -> None:
     """Refuse what is no plain transformers model.
 
     Raises:
-        EfxError: the model carries an adapter, is quantized, or comes from somewhere else.
+        EfxError: the model carries an adapter, was quantized by another tool than llm-compressor, or comes from
+            somewhere else.
     """
     from transformers import PreTrainedModel
 
@@ -90,9 +91,10 @@ def refuse_unmerged(model: object) -> None:
         raise EfxError("The model still carries an adapter; save what efx_plugin.merge_adapters(model) returns.")
     if not isinstance(model, PreTrainedModel):
         raise EfxError(f"save_sparse takes a transformers PreTrainedModel, not {type(model).__name__}.")
-    if getattr(model.config, "quantization_config", None) is not None:
+    by_compressed_tensors = any(hasattr(module, "quantization_scheme") for module in model.modules())
+    if getattr(model.config, "quantization_config", None) is not None and not by_compressed_tensors:
         raise EfxError(
-            "The model is quantized; save_sparse stores pruned models that are not: prune the original instead."
+            "The model is quantized, but not by llm-compressor; prune the original, with a recipe that quantizes too."
         )
 
 
@@ -116,9 +118,15 @@ def find_linears(model: "PreTrainedModel") -> Linears:
     head = model.get_output_embeddings()
     layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     others = tuple(name for name, module in layers.items() if module is head)
-    weights = {id(module.weight) for name, module in layers.items() if name not in others}
+    weights = {id(_weight(module)) for name, module in layers.items() if name not in others}
     stored = on_disk(model, dict(model.named_parameters()))
-    return Linears(frozenset(name for name, weight in stored.items() if id(weight) in weights), others)
+    names = (name.removesuffix("_packed") for name, weight in stored.items() if id(weight) in weights)
+    return Linears(frozenset(names), others)
+
+
+def _weight(module: torch.nn.Linear) -> torch.Tensor:
+    """llm-compressor's `save_pretrained` leaves weights of a model packed that it stores so."""
+    return module.weight_packed if hasattr(module, "weight_packed") else module.weight
 
 
 def tied_weights(model: "PreTrainedModel") -> Mapping[str, str]:

@@ -43,7 +43,7 @@ class Item(NamedTuple):
     """One weight of the source and the tensors that it is stored as, in the order in which they are written."""
 
     name: str
-    module: ModuleType | None  # None: as it is
+    compress: Callable[[torch.Tensor], dict[str, torch.Tensor]] | None  # None: as it is
     layout: Layout
 
     @property
@@ -61,10 +61,7 @@ def survey(source: Source, name: str, is_linear: bool) -> Survey | None:
     if not files.is_storable(dtype):
         raise EfxError(f"{name} is of {dtype}, which safetensors cannot store.")
     weight = source.read(name)
-    if not _is_finite(weight):
-        raise EfxError(
-            f"{name} holds NaN or infinity: the model was damaged in training or pruning, go back to one that was not."
-        )
+    check_finite(name, weight)
     if not is_linear:
         return None
     mask = bits.nonzero_mask(weight)
@@ -133,7 +130,7 @@ def make_items(layout: Layout, surveys: Mapping[str, Survey], module: ModuleType
             continue
         prefix, found = name.removesuffix(".weight"), surveys[name]
         parts = module.layout(found.rows, found.columns, found.nonzeros, found.dtype)
-        items.append(Item(name, module, {f"{prefix}.{part}": described for part, described in parts.items()}))
+        items.append(Item(name, module.compress, {f"{prefix}.{part}": described for part, described in parts.items()}))
     return items
 
 
@@ -164,7 +161,20 @@ def parse_size(size: int | str) -> int:
     return size
 
 
-def _is_finite(weight: torch.Tensor) -> bool:
+def check_finite(name: str, weight: torch.Tensor) -> None:
+    """Refuse a tensor that holds NaN or infinity.
+
+    Raises:
+        EfxError: naming it.
+    """
+    if not is_finite(weight):
+        raise EfxError(
+            f"{name} holds NaN or infinity: the model was damaged in training or pruning, go back to one that was not."
+        )
+
+
+def is_finite(weight: torch.Tensor) -> bool:
+    """Whether every value is a finite number."""
     if not weight.is_floating_point() or weight.numel() == 0:
         return True
     if weight.dtype.itemsize == 1:

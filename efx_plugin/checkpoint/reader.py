@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from efx_plugin.checkpoint import files, models
+from efx_plugin.checkpoint import files, models, quantized
 from efx_plugin.checkpoint.formats import PART_NAMES, decompress, dense_shape, find_format
-from efx_plugin.errors import EfxError, SparseCheckpointError
+from efx_plugin.errors import SparseCheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,6 +84,8 @@ def describe(index: Mapping[str, files.StoredTensor], parts: Mapping[str, str]) 
 def expand(directory: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a sparse checkpoint under its dense name, one at a time, compressed weights expanded.
 
+    Of a checkpoint that is quantized as well these are the quantized weights and their scales.
+
     Raises:
         SparseCheckpointError: anything in the directory is missing, corrupt or inconsistent.
     """
@@ -124,7 +126,7 @@ def _stand_in(directory: str | os.PathLike, part: str, stored: files.StoredTenso
 
 def linear_bytes(directory: str | os.PathLike) -> dict[str, int]:
     """Bytes of the compressed weights: `sparse` as they lie on disk (values, masks, offsets and shapes), `dense` as
-    they would in their own dtype.
+    they would in their own dtype, which is that of a byte if they are quantized. Scales are in neither.
 
     Raises:
         SparseCheckpointError: the directory is no sparse checkpoint, or a declared shape disagrees with its bitmask.
@@ -166,6 +168,9 @@ def load_sparse(directory: str | os.PathLike) -> "PreTrainedModel":
     """Load a sparse checkpoint as a plain transformers model with dense weights, in either format, from this package or
     from compressed-tensors 0.8 to 0.14.
 
+    Weights that are quantized as well are multiplied with their scales, as compressed-tensors does it; activations are
+    not quantized in a plain model.
+
     Args:
         directory: a local directory as `save_sparse` or `export_checkpoint` writes it.
 
@@ -174,18 +179,22 @@ def load_sparse(directory: str | os.PathLike) -> "PreTrainedModel":
 
     Raises:
         SparseCheckpointError: anything in the directory is missing, corrupt or inconsistent, or does not fit the model.
-        EfxError: transformers has no class for the model, or the checkpoint is quantized as well.
+        EfxError: transformers has no class for the model, or compressed-tensors is missing and the checkpoint is
+            quantized as well.
     """
     from transformers import GenerationConfig
 
     directory = Path(directory)
     read_sparsity_config(directory)
-    if read_config(directory)["quantization_config"].get("config_groups"):
-        raise EfxError(f"{directory} is sparse and quantized, which a plain transformers model cannot be.")
+    quantization = quantized.of_config(read_config(directory), directory)
     config = models.read_model_config(directory)
-    check_fit(models.skeleton(config), directory)
+    skeleton = models.skeleton(config)
+    check_fit(skeleton, directory)
+    state = dict(expand(directory))
+    if quantization is not None:
+        state = quantized.dequantize(state, quantization, skeleton, directory)
     model, report = models.model_class(config).from_pretrained(
-        None, config=config, state_dict=dict(expand(directory)), dtype="auto", output_loading_info=True
+        None, config=config, state_dict=state, dtype="auto", output_loading_info=True
     )
     for verb, problem in (("lacks", "missing_keys"), ("holds, without a place in the model,", "unexpected_keys")):
         if report[problem]:

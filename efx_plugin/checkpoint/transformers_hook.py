@@ -48,7 +48,10 @@ class _CompressedTensorsConfig(CompressedTensorsConfig):
         if not config_dict.get("sparsity_config"):
             return CompressedTensorsConfig.from_dict(config_dict, **kwargs)
         if config_dict.get("config_groups"):
-            raise EfxError("The checkpoint is sparse and quantized, which a plain transformers model cannot be.")
+            raise EfxError(
+                "The checkpoint is sparse and quantized, which from_pretrained does not expand; "
+                "use efx_plugin.load_sparse, which returns the same plain model."
+            )
         find_format(config_dict["sparsity_config"].get("format"), "config.json")
         return SparseConfig.from_dict(config_dict, **kwargs)
 

@@ -3,15 +3,13 @@
 import copy
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
-from efx_plugin.checkpoint import atomic, files, models, plan
+from efx_plugin.checkpoint import atomic, dense, files, models, plan, quantized, shards
 from efx_plugin.checkpoint.ahead import map_ahead
 from efx_plugin.checkpoint.card import check_metadata, model_card
 from efx_plugin.checkpoint.config import sparse_config
@@ -20,21 +18,6 @@ from efx_plugin.errors import EfxError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# What an export does not copy: weights in any form, and what it writes itself.
-_NOT_COPIED_SUFFIXES = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".bin.index.json",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-)
-_NOT_COPIED = ("config.json", "README.md")
-_COPIED_DIRECTORY = "additional_chat_templates"
 
 
 def save_sparse(
@@ -49,6 +32,9 @@ def save_sparse(
     progress: bool = True,
 ) -> None:
     """Write a pruned model as a sparse checkpoint.
+
+    A model that llm-compressor has quantized to eight bits (W8A8, W8A16, FP8) is stored so: the bytes of its quantized
+    weights are compressed, scales and what else quantization needs lie beside them.
 
     Weights of nn.Linear layers that the format makes smaller are compressed; the others, embeddings, norms and biases
     are stored as they are, tied weights once. The directory appears only when it is complete.
@@ -66,18 +52,20 @@ def save_sparse(
         progress: show a progress bar if it takes longer than two seconds.
 
     Raises:
-        EfxError: the destination exists or its disk is full; the model carries an adapter, is quantized, has no sparse
-            Linear weight, or holds NaN or infinity.
+        EfxError: the destination exists or its disk is full; the model carries an adapter, is quantized in a way that
+            cannot be stored sparsely, has no sparse Linear weight, or holds NaN or infinity.
     """
     atomic.refuse_existing(directory)
     plan.check_structure(structure)
     models.refuse_unmerged(model)
     metadata = check_metadata(metadata)
     recipe_text = _read_recipe(recipe)
-    state = models.on_disk(model, model.state_dict())
-    for name, tensor in state.items():
+    for name, tensor in model.state_dict().items():
         if tensor.is_meta:
             raise EfxError(f"{name} is on the meta device; load or dispatch the whole model before saving it.")
+    quantization = quantized.of_model(model)
+    described = None if quantization is None else quantized.stored_config(quantization, "The model")
+    state = models.on_disk(model, model.state_dict() if quantization is None else quantized.state_of(model))
 
     def extras(destination: Path) -> None:
         if model.can_generate():
@@ -97,6 +85,7 @@ def save_sparse(
         models.find_linears(model),
         _config_of(model),
         structure,
+        quantization=described,
         max_shard_size=plan.parse_size(max_shard_size),
         metadata=metadata,
         recipe=recipe_text,
@@ -116,41 +105,53 @@ def export_checkpoint(
 ) -> None:
     """Write a dense Hugging Face directory of a pruned model as a sparse checkpoint, without loading the model.
 
+    The directory may be quantized to eight bits, as llm-compressor's `save_pretrained` writes it; see `save_sparse`.
+    With structure="dense" it goes the other way: the source is sparse, and is written as the plain, perhaps quantized
+    checkpoint that vLLM and transformers open by themselves.
+
     A few weights are in memory at a time. Every weight is read twice: once to count zeros, which fixes all sizes, once
     to write it. Tokenizer, chat template, generation config, recipe.yaml and the like come along.
 
     Args:
         source: a local directory with config.json and safetensors files.
-        directory, structure, max_shard_size, metadata, progress: see `save_sparse`.
+        structure: as for `save_sparse`, or "dense".
+        directory, max_shard_size, metadata, progress: see `save_sparse`; the card of a dense one has no metadata.
 
     Raises:
-        EfxError: as `save_sparse`; or the source is an adapter, quantized, sparse already, or not in safetensors.
+        EfxError: as `save_sparse`; or the source is an adapter, not in safetensors, or has that structure already.
         SparseCheckpointError: a file of the source is missing or corrupt.
     """
     atomic.refuse_existing(directory)
+    source = Path(source)
+    if structure == dense.NAME:
+        dense.export_dense(source, directory, max_shard_size=plan.parse_size(max_shard_size), progress=progress)
+        return
     plan.check_structure(structure)
     metadata = check_metadata(metadata)
-    source = Path(source)
     config = _read_source_config(source)
+    quantization = quantized.of_config(config, source)
+    described = None if quantization is None else quantized.stored_config(quantization, source)
     model_config = models.read_model_config(source)
     skeleton = models.skeleton(model_config)
     index = files.read_index(source)
     aliases = _stored_twice(source, index, models.tied_weights(skeleton))
     recipe = source / "recipe.yaml"
     metadata.setdefault("base_model", _public_name(source))
+    weights = plan.Source(
+        {name: (stored.dtype, stored.shape) for name, stored in index.items() if name not in aliases},
+        lambda name: files.read_tensor(source, index[name]),
+    )
     _write(
         directory,
-        plan.Source(
-            {name: (stored.dtype, stored.shape) for name, stored in index.items() if name not in aliases},
-            lambda name: files.read_tensor(source, index[name]),
-        ),
+        weights if quantization is None else quantized.unpack(weights),
         models.find_linears(skeleton),
         config,
         structure,
+        quantization=described,
         max_shard_size=plan.parse_size(max_shard_size),
         metadata=metadata,
         recipe=recipe.read_text() if recipe.is_file() else None,
-        extras=lambda destination: _copy_companions(source, destination),
+        extras=lambda destination: shards.copy_companions(source, destination),
         progress=progress,
     )
 
@@ -162,6 +163,7 @@ def _write(
     config: Mapping[str, Any],
     structure: str,
     *,
+    quantization: Mapping[str, Any] | None,
     max_shard_size: int,
     metadata: Mapping[str, Any],
     recipe: str | None,
@@ -171,7 +173,7 @@ def _write(
     names = list(source.layout)
     size = {name: files.nbytes(*described) for name, described in source.layout.items()}
     surveys: dict[str, plan.Survey] = {}
-    with _bar("checking", sum(size.values()), progress) as bar:
+    with shards.progress_bar("checking", sum(size.values()), progress) as bar:
         for name, found in zip(
             names, map_ahead(lambda name: plan.survey(source, name, name in linears.weights), names), strict=True
         ):
@@ -187,45 +189,20 @@ def _write(
     ignore = {*linears.others, *(name.removesuffix(".weight") for name in set(surveys) - sparse)}
 
     with atomic.new_directory(directory, needed) as destination:
-        with _bar("writing", needed, progress) as bar:
-            _write_shards(destination, source, plan.make_shards(items, max_shard_size), bar.update)
-        _write_json(destination / "config.json", sparse_config(config, module, ignore, zeros))
+        with shards.progress_bar("writing", needed, progress) as bar:
+            shards.write_shards(destination, source, plan.make_shards(items, max_shard_size), bar.update)
+        described = sparse_config(config, module, ignore, zeros, quantization)
+        shards.write_json(destination / "config.json", described)
         extras(destination)
-        card = model_card(Path(directory).name, metadata, module, surveys, sparse, recipe)
+        card = model_card(Path(directory).name, metadata, module, surveys, sparse, recipe, quantization)
         (destination / "README.md").write_text(card)
-
-
-def _write_shards(
-    destination: Path, source: plan.Source, shards: list[list[plan.Item]], written: Callable[[int], object]
-) -> None:
-    weight_map: dict[str, str] = {}
-    for number, items in enumerate(shards, start=1):
-        file = files.SINGLE_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        layout = {name: described for item in items for name, described in item.layout.items()}
-        files.write_file(destination / file, layout, _stored_tensors(source, items), written)
-        weight_map |= dict.fromkeys(layout, file)
-    if len(shards) > 1:
-        total = sum(item.nbytes for items in shards for item in items)
-        _write_json(
-            destination / files.INDEX_FILE,
-            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
-        )
-
-
-def _stored_tensors(source: plan.Source, items: Iterable[plan.Item]) -> Iterator[tuple[str, torch.Tensor]]:
-    def compress(item: plan.Item) -> list[tuple[str, torch.Tensor]]:
-        weight = source.read(item.name)
-        if item.module is None:
-            return [(item.name, weight)]
-        return list(zip(item.layout, item.module.compress(weight).values(), strict=True))
-
-    for tensors in map_ahead(compress, items):
-        yield from tensors
 
 
 def _config_of(model: "PreTrainedModel") -> dict[str, Any]:
     """config.json as `save_pretrained` would write it."""
     config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
     return json.loads(config.to_json_string())
@@ -238,9 +215,14 @@ def _read_source_config(source: Path) -> dict[str, Any]:
         )
     config = read_config(source)
     if sparsity_of(config) is not None:
-        raise EfxError(f"{source} is stored sparsely already.")
-    if config.get("quantization_config") is not None:
-        raise EfxError(f"{source} is quantized; export stores pruned models that are not: prune the original instead.")
+        raise EfxError(f'{source} is stored sparsely already; structure="dense" takes the sparse compression off.')
+    quantization = config.get("quantization_config")
+    if quantization is not None and (
+        quantization.get("quant_method") != "compressed-tensors" or not quantization.get("config_groups")
+    ):
+        raise EfxError(
+            f"{source} is quantized, but not by llm-compressor; prune the original, with a recipe that quantizes too."
+        )
     return config
 
 
@@ -260,20 +242,6 @@ def _stored_twice(source: Path, index: Mapping[str, files.StoredTensor], tied: M
     )
 
 
-def _copy_companions(source: Path, destination: Path) -> None:
-    for path in sorted(source.iterdir()):
-        hidden = path.name.startswith(".")
-        if (
-            path.is_file()
-            and not hidden
-            and path.name not in _NOT_COPIED
-            and not path.name.endswith(_NOT_COPIED_SUFFIXES)
-        ):
-            shutil.copyfile(path, destination / path.name)
-    if (source / _COPIED_DIRECTORY).is_dir():
-        shutil.copytree(source / _COPIED_DIRECTORY, destination / _COPIED_DIRECTORY)
-
-
 def _read_recipe(recipe: str | os.PathLike | None) -> str | None:
     """The text of a recipe, given as text (which has line breaks) or as a path."""
     if recipe is None or (isinstance(recipe, str) and "\n" in recipe):
@@ -287,11 +255,3 @@ def _read_recipe(recipe: str | os.PathLike | None) -> str | None:
 def _public_name(model: str | os.PathLike) -> str:
     """The name of a model for others to read: of a local directory only the last part."""
     return Path(model).absolute().name if os.path.isdir(model) else str(model)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _bar(what: str, total: int, progress: bool) -> tqdm:
-    return tqdm(desc=what, total=total, unit="B", unit_scale=True, delay=2, disable=not progress)

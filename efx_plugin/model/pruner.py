@@ -148,7 +148,7 @@ class BlockPruner:
         self._require_finite_statistics()
         masks = self._masks()
         results = []
-        for layer in tqdm(self.layers, desc=progress, disable=progress is None):
+        for layer in self.layers if progress is None else tqdm(self.layers, desc=progress):
             statistics = self._statistics.pop(layer.name)
             results.append(self._prune_layer(layer, masks.pop(layer.name), statistics))
         return results

@@ -15,6 +15,12 @@ from efx_plugin.errors import EfxError
 from efx_plugin.serving.loading import refuse_parts
 from efx_plugin.serving.method import SparseLinearMethod
 
+# vLLM's own kernels serve such a model dense. That is the user's choice, so it takes a command of the user's.
+_SPARSE_AND_QUANTIZED = (
+    "both sparse and quantized, which efx-plugin does not serve yet: export the model again without the sparse "
+    'compression, efx_plugin.checkpoint.export_checkpoint(SOURCE, DESTINATION, structure="dense"), and serve that'
+)
+
 
 class SparseCompressedTensorsConfig(CompressedTensorsConfig):
     """`quantization_config` of config.json. Layers under `sparsity_config` are ours, all else is the parent's.
@@ -64,10 +70,7 @@ class SparseCompressedTensorsConfig(CompressedTensorsConfig):
             refuse_parts(layer, prefix, self.sparsity_format)
             return super().get_quant_method(layer, prefix)
         if self.get_scheme_dict(layer, prefix):
-            raise EfxError(
-                f"{prefix} is both sparse and quantized, which efx-plugin does not serve yet: export the model again "
-                "with one of the two, or list the layer in the `ignore` of `sparsity_config` or of its config group"
-            )
+            raise EfxError(f"{prefix} is {_SPARSE_AND_QUANTIZED}")
         return SparseLinearMethod(self.sparsity_format, shards)
 
     @staticmethod
@@ -114,6 +117,11 @@ def _check_servable(config: dict[str, Any]) -> None:
             "sparsity_config.targets in config.json is empty, so that it does not say which layers are sparse: convert "
             "the checkpoint with efx_plugin.load_sparse and save_sparse"
         )
+    for group in (config.get("config_groups") or {}).values():
+        # Weights of one byte, activations not quantized: vLLM takes these packed alone, and fails an assertion else.
+        weights, packed = group.get("weights") or {}, (group.get("format") or config.get("format")) == "pack-quantized"
+        if weights.get("type") == "int" and not group.get("input_activations") and not packed:
+            raise EfxError(f"the checkpoint is {_SPARSE_AND_QUANTIZED}")
     if config.get("transform_config"):
         raise EfxError(
             "the checkpoint has both a sparsity_config and a transform_config, and efx-plugin cannot apply transforms "

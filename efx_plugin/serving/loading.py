@@ -92,7 +92,8 @@ class SparseWeightLoader:
         if not parts["compressed"].is_floating_point() or parts["compressed"].itemsize == 1:
             raise SparseCheckpointError(
                 f"{name}.compressed holds quantized values ({parts['compressed'].dtype}), and efx-plugin does not "
-                "serve weights that are both sparse and quantized yet: export the model again with one of the two"
+                "serve weights that are both sparse and quantized yet: export the model again with "
+                'efx_plugin.checkpoint.export_checkpoint(SOURCE, DESTINATION, structure="dense"), and serve that'
             )
         members = self._members(shard)
         expected = [sum(self.rows[member] for member in members), self.layer.input_size]

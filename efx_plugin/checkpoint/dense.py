@@ -1,0 +1,105 @@
+"""The sparse compression taken off again, without loading the model: what is left is a plain checkpoint.
+
+A checkpoint that was quantized as well stays quantized, so that vLLM serves it by itself. Its zeros are stored and
+multiplied like any other value then.
+"""
+
+import copy
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from efx_plugin.checkpoint import atomic, files, models, packed, plan, quantized, shards
+from efx_plugin.checkpoint.card import dense_card
+from efx_plugin.checkpoint.config import GUARD_KEY
+from efx_plugin.checkpoint.formats import decompress, find_format
+from efx_plugin.checkpoint.reader import check_fit, dense_shapes, describe, group_parts, read_config, sparsity_of
+from efx_plugin.errors import EfxError
+
+NAME = "dense"
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def export_dense(source: Path, directory: str | os.PathLike, *, max_shard_size: int, progress: bool) -> None:
+    """Write a sparse checkpoint as a plain one, quantized if it was, a few weights at a time; and say so in the log.
+
+    Raises:
+        EfxError: the source is not sparse, or the destination exists.
+        SparseCheckpointError: a file of the source is missing or corrupt.
+    """
+    config = read_config(source)
+    if sparsity_of(config) is None:
+        raise EfxError(f"{source} is dense already; copy it.")
+    skeleton = models.skeleton(models.read_model_config(source))
+    check_fit(skeleton, source)
+    sparse = _expanded(source, sparsity_of(config).get("format"))
+    quantization = quantized.of_config(config, source)
+    to_pack = frozenset()
+    if quantization is not None:
+        scaled = [name.removesuffix(".weight_scale") for name in sparse.layout if name.endswith(".weight_scale")]
+        schemes = quantized.schemes_of(quantization, skeleton, scaled, source)
+        to_pack = frozenset(f"{name}.weight" for name, scheme in schemes.items() if quantized.is_weight_only(scheme))
+    items = [_item(name, described, name in to_pack) for name, described in sparse.layout.items()]
+    needed = sum(item.nbytes for item in items)
+    described = None if quantization is None else quantized.packed_config(quantization)
+    with atomic.new_directory(directory, needed) as destination:
+        with shards.progress_bar("writing", needed, progress) as bar:
+            shards.write_shards(destination, sparse, plan.make_shards(items, max_shard_size), bar.update)
+        shards.write_json(destination / "config.json", _plain_config(config, described))
+        shards.copy_companions(source, destination)
+        (destination / "README.md").write_text(dense_card(Path(directory).name, source.absolute().name, described))
+    stored = sum(tensor.nbytes for tensor in files.read_index(source).values())
+    _LOGGER.warning(
+        "%s holds %s with its zeros written out: %s bytes instead of %s, served %s and no faster for being sparse.",
+        directory,
+        source,
+        f"{needed:,}",
+        f"{stored:,}",
+        "dense" if described is None else f"dense as {described['format']}",
+    )
+
+
+def _expanded(directory: Path, format_name: object) -> plan.Source:
+    """The tensors of a sparse checkpoint under their dense names, read one by one."""
+    find_format(format_name, "config.json")
+    index = files.read_index(directory)
+    compressed = group_parts(index)
+    shapes = dense_shapes(directory)
+    dtypes = {name: stored.dtype for name, stored in index.items()}
+    dtypes |= {weight: index[parts["compressed"]].dtype for weight, parts in compressed.items()}
+
+    def read(name: str) -> torch.Tensor:
+        if name in compressed:
+            parts = compressed[name]
+            tensors = {part: files.read_tensor(directory, index[tensor]) for part, tensor in parts.items()}
+            tensor = decompress(format_name, tensors, where=describe(index, parts))
+        else:
+            tensor = files.read_tensor(directory, index[name])
+        plan.check_finite(name, tensor)  # scales above all
+        return tensor
+
+    return plan.Source({name: (dtypes[name], shape) for name, shape in shapes.items()}, read)
+
+
+def _item(name: str, described: tuple[torch.dtype, tuple[int, ...]], pack: bool) -> plan.Item:
+    if not pack:
+        return plan.Item(name, None, {name: described})
+    prefix = name.removesuffix(".weight")
+    return plan.Item(
+        name, packed.compress, {f"{prefix}.{part}": found for part, found in packed.layout(*described[1]).items()}
+    )
+
+
+def _plain_config(config: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> dict[str, Any]:
+    """config.json without the sparsity."""
+    plain = copy.deepcopy(dict(config))
+    plain.pop(GUARD_KEY, None)
+    described = plain.pop("quantization_config")
+    if quantization is not None:
+        plain["quantization_config"] = {**quantization, "version": described.get("version")}
+    return plain

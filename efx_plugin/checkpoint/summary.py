@@ -1,0 +1,146 @@
+"""What is in a sparse checkpoint: sizes, sparsity by layer and projection, 2:4 compliance, whether it is sound."""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from efx_plugin.checkpoint import checksums, files
+from efx_plugin.checkpoint.reader import dense_shapes, expand, group_parts, read_sparsity_config
+from efx_plugin.errors import SparseCheckpointError
+
+# Two bits set at most, by the value of four bits of a mask.
+_TWO_OF_FOUR = np.array([bin(nibble).count("1") <= 2 for nibble in range(16)])
+
+
+@dataclass(frozen=True)
+class CompressedWeight:
+    """One compressed weight.
+
+    Attributes:
+        layer: number of its decoder block, None outside of one.
+        projection: its module within the block, such as `self_attn.q_proj`; the whole name outside of one.
+        size: number of weights, zeros included.
+        zeros: number of zeros.
+        two_of_four: at most two of every aligned four in a row are not zero.
+    """
+
+    name: str
+    layer: int | None
+    projection: str
+    size: int
+    zeros: int
+    two_of_four: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A checkpoint at a glance.
+
+    Attributes:
+        parameters: of the whole model, zeros included.
+        bytes_dense, bytes_on_disk: of all weights.
+        checksums: "absent", "not checked" or "match".
+    """
+
+    directory: str
+    format: str
+    dtype: str
+    parameters: int
+    bytes_dense: int
+    bytes_on_disk: int
+    weights: list[CompressedWeight]
+    checksums: str
+
+    @property
+    def sparsity(self) -> float:
+        return _sparsity(self.weights)
+
+    @property
+    def two_of_four(self) -> bool:
+        return all(weight.two_of_four for weight in self.weights)
+
+    @property
+    def by_projection(self) -> dict[str, float]:
+        """Sparsity of each projection over all layers."""
+        return _grouped(self.weights, "projection")
+
+    @property
+    def by_layer(self) -> dict[int | None, float]:
+        """Sparsity of each decoder block."""
+        return _grouped(self.weights, "layer")
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, ready for `json.dumps`."""
+        return asdict(self) | {
+            "sparsity": self.sparsity,
+            "two_of_four": self.two_of_four,
+            "by_projection": self.by_projection,
+            "by_layer": {str(layer): sparsity for layer, sparsity in self.by_layer.items()},
+        }
+
+
+def summarize(directory: str | os.PathLike, *, verify: bool = False) -> Summary:
+    """Look into a sparse checkpoint; headers, shapes and masks are read, values only to verify them.
+
+    Args:
+        directory: a local sparse checkpoint.
+        verify: read everything: expand each weight with all its checks, and compare checksums.
+
+    Raises:
+        SparseCheckpointError: anything that was looked at is missing, corrupt or inconsistent.
+    """
+    directory = Path(directory)
+    format_name = read_sparsity_config(directory)["format"]
+    shapes = dense_shapes(directory)
+    index = files.read_index(directory)
+    weights, dtype = [], None
+    bytes_dense = sum(stored.nbytes for stored in index.values())
+    for name, parts in group_parts(index).items():
+        values = index[parts["compressed"]]
+        dtype = values.dtype
+        rows, columns = (1, *shapes[name])[-2:]
+        size = rows * columns
+        nonzeros = values.nbytes // dtype.itemsize
+        mask = files.read_tensor(directory, index[parts["bitmask"]]).numpy().reshape(rows, -1)
+        two_of_four = bool(_TWO_OF_FOUR[mask & 15].all() and _TWO_OF_FOUR[mask >> 4].all())
+        layer, projection = _place(name.removesuffix(".weight"))
+        weights.append(CompressedWeight(name, layer, projection, size, size - nonzeros, two_of_four))
+        bytes_dense += size * dtype.itemsize - sum(index[part].nbytes for part in parts.values())
+    if not weights:
+        raise SparseCheckpointError(f"{directory} says that it is {format_name}, but no weight in it is compressed.")
+    if verify:
+        for _ in expand(directory):
+            pass
+    return Summary(
+        directory=str(directory),
+        format=format_name,
+        dtype=str(dtype).removeprefix("torch."),
+        parameters=sum(int(np.prod(shape)) for shape in shapes.values()),
+        bytes_dense=bytes_dense,
+        bytes_on_disk=sum(stored.nbytes for stored in index.values()),
+        weights=sorted(weights, key=lambda weight: (weight.layer is None, weight.layer, weight.projection)),
+        checksums=checksums.check(directory) if verify else checksums.status(directory),
+    )
+
+
+def _place(name: str) -> tuple[int | None, str]:
+    match = re.fullmatch(r".*?\.(\d+)\.(.+)", name)
+    return (int(match[1]), match[2]) if match else (None, name)
+
+
+def _sparsity(weights: Iterable[CompressedWeight]) -> float:
+    weights = list(weights)
+    return sum(weight.zeros for weight in weights) / max(1, sum(weight.size for weight in weights))
+
+
+def _grouped(weights: Iterable[CompressedWeight], attribute: str) -> dict:
+    groups = defaultdict(list)
+    for weight in weights:
+        groups[getattr(weight, attribute)].append(weight)
+    return {key: _sparsity(group) for key, group in groups.items()}
