@@ -70,7 +70,21 @@ def prune_to_checkpoint(
     )
     if isinstance(network, PeftModel):
         network = merge_adapters(network)
-    save_sparse(network, output, structure=structure, tokenizer=tokenizer, recipe=recipe, progress=progress)
+    metadata = {
+        "base_model": model.resolve().name,
+        "calibration": f"{len(calibration)} sequences of {length} tokens from {dataset.name}",
+    }
+    if adapter is not None:
+        metadata["adapter"] = adapter.resolve().name
+    save_sparse(
+        network,
+        output,
+        structure=structure,
+        tokenizer=tokenizer,
+        recipe=recipe,
+        metadata=metadata,
+        progress=progress,
+    )
     sizes = linear_bytes(output)
     return {"output": str(output), "linear_bytes_dense": sizes["dense"], "linear_bytes_sparse": sizes["sparse"]}
 

@@ -26,6 +26,8 @@ from integration.expert import perplexity, train_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "build" / "demo"
+MODEL = "SmolLM2-135M-Instruct"
+CORPUS = "licence texts (stand-in for legal corpora)"
 SEED = 0
 SPARSITY = 0.5
 WINDOW = 256  # tokens per training, calibration and evaluation sequence
@@ -86,7 +88,14 @@ def main() -> None:
     with step("Exporting: dense and sparse-bitmask"):
         expert.save_pretrained(OUTPUT / "expert-dense")
         tokenizer.save_pretrained(OUTPUT / "expert-dense")
-        save_sparse(expert, OUTPUT / "expert-sparse", tokenizer=tokenizer, recipe=ROOT / "recipes" / "expert_50.yaml")
+        metadata = {
+            "base_model": MODEL,
+            "adapter": f"LoRA, rank 8, {training.numel():,} tokens of {CORPUS}",
+            "calibration": f"{CALIBRATION_SEQUENCES} sequences of {WINDOW} tokens of {CORPUS}",
+            "figures": {f"held-out perplexity, {name}": f"{value:.2f}" for name, value in ppl.items()},
+        }
+        recipe = ROOT / "recipes" / "expert_50.yaml"
+        save_sparse(expert, OUTPUT / "expert-sparse", tokenizer=tokenizer, recipe=recipe, metadata=metadata)
         disk = linear_bytes(OUTPUT / "expert-sparse")
 
     served = {}
@@ -96,8 +105,8 @@ def main() -> None:
 
     tokens = {kind: [output["token_ids"] for output in served[kind]["outputs"]] for kind in served}
     report = {
-        "model": "SmolLM2-135M-Instruct",
-        "corpus": "licence texts (stand-in for legal corpora)",
+        "model": MODEL,
+        "corpus": CORPUS,
         "seed": SEED,
         "sparsity": SPARSITY,
         "perplexity": ppl,

@@ -4,9 +4,11 @@ import contextlib
 import io
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -101,6 +103,15 @@ def test_prune_writes_a_sparse_expert_with_its_adapter_merged(model, text, tmp_p
     config = json.loads((output / "config.json").read_text())
     assert config["quantization_config"]["sparsity_config"]["format"] == layout
     assert {"README.md", "recipe.yaml", "tokenizer.json"} <= {path.name for path in output.iterdir()}
+    card = (output / "README.md").read_text()
+    for words in (
+        "efx-plugin",
+        "- Base model: tiny",
+        "adapter",
+        "8 sequences of 48 tokens from domain.jsonl",
+        "q_proj",
+    ):
+        assert words in card
     expert = load_sparse(output)
     projections = [p for name, p in expert.named_parameters() if "_proj" in name]
     zeros = sum(int((p == 0).sum()) for p in projections) / sum(p.numel() for p in projections)
@@ -191,6 +202,16 @@ def test_a_device_that_is_not_there_is_refused(model, text, tmp_path):
     assert efx(*arguments, "--device", "quantum").returncode == 2
     if not torch.cuda.is_available():
         assert_refused(efx(*arguments, "--device", "cuda"), tmp_path / "expert", "--device cuda")
+
+
+def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing(sparse, tmp_path):
+    """A limit on the size of files stands in for the disk: the system refuses the write in the middle of it."""
+    dense, output = tmp_path / "dense", tmp_path / "sparse"
+    assert efx("export", sparse, dense, "--structure", "dense").returncode == 0
+    command = [str(Path(sys.executable).parent / "efx"), "export", str(dense), str(output)]
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    result = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    assert_refused(result, output, str(output), "make room")
 
 
 BROKEN_RECIPES = {
