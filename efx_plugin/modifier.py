@@ -180,7 +180,7 @@ class EfficientXpertModifier(Modifier):
 
     def _token_mask(self) -> torch.Tensor | None:
         masks = getattr(self._state, "loss_masks", None)
-        return masks[self._state.current_batch_idx] if masks else None
+        return masks[self._state.current_batch_idx].bool() if masks else None
 
     def on_calibration_start(self, state: State, event: Event, **kwargs):
         for pruner in self._pruners:

@@ -71,6 +71,23 @@ def test_measuring_neither_changes_the_model_nor_its_cache():
         torch.testing.assert_close(results[1][name], c)
 
 
+def test_block_sensitivity_counts_only_the_tokens_of_the_mask():
+    """In causal attention the tokens after the mask cannot be felt before it, so cutting them off is the same."""
+    model = tiny_llama().eval()
+    tokens = torch.arange(10).unsqueeze(0).repeat(4000, 1)
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    mask[:, :6] = True
+    results = []
+    for inputs, token_mask in ((tokens[:, :6], lambda: None), (tokens, lambda: mask)):
+        propagation = BlockPropagation(model.model.layers[0], block_layers(model), token_mask=token_mask)
+        propagation.attach(register)
+        with torch.no_grad():
+            model(inputs, use_cache=False)
+        results.append(propagation.result())
+    for name, c in results[0].items():
+        torch.testing.assert_close(results[1][name], c, rtol=0.2, atol=1e-4)
+
+
 def test_measuring_stops_at_its_budget():
     model = tiny_llama().eval()
     propagation = BlockPropagation(model.model.layers[0], block_layers(model), tokens=8)

@@ -102,13 +102,15 @@ def test_layers_that_read_the_same_tensor_share_their_gram():
     assert all(value.count == 2 * 4 * 32 for value in statistics.values())
 
 
-def test_a_token_mask_calibrates_on_those_tokens_only():
+@pytest.mark.parametrize("propagation", ["none", "activation"])
+def test_a_token_mask_calibrates_on_those_tokens_only(propagation):
     """Causal attention: tokens after the mask cannot reach the ones before, so cutting them is the same."""
     inputs = tokens()
-    mask = torch.zeros_like(inputs)
-    mask[:, :20] = 1
-    cut, _ = prune(inputs=inputs[:, :20], propagation="none")
-    masked, _ = prune(inputs=inputs, token_mask=lambda: mask, propagation="none")
+    mask = torch.zeros_like(inputs, dtype=torch.bool)
+    mask[:, :20] = True
+    changes = {"propagation": propagation, "comparison_group": "matrix"}
+    cut, _ = prune(inputs=inputs[:, :20], **changes)
+    masked, _ = prune(inputs=inputs, token_mask=lambda: mask, **changes)
     for name, weight in weights(cut).items():
         assert ((weights(masked)[name] == 0) == (weight == 0)).float().mean() > 0.998
 

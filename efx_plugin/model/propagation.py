@@ -38,6 +38,14 @@ PROPAGATION_MAPS = {
     "Qwen2ForCausalLM": PropagationMap(),
 }
 
+# Gives a bool mask [batch, tokens] of the tokens to calibrate on in the current batch; None stands for all of them.
+TokenMask = Callable[[], Tensor | None]
+
+
+def every_token() -> None:
+    """The token mask of calibration data without padding."""
+
+
 # Registers a forward hook on a module; the keyword arguments are those of Module.register_forward_hook.
 RegisterHook = Callable[..., object]
 
@@ -62,6 +70,7 @@ class ActivationPropagation:
         model: the transformers model (for its class and configuration).
         block: name of the decoder block.
         layers: every linear layer of the block, pruned or not.
+        token_mask: which tokens count.
 
     Raises:
         EfxError: the architecture has no propagation map.
@@ -69,7 +78,7 @@ class ActivationPropagation:
 
     measuring = False
 
-    def __init__(self, model: nn.Module, block: str, layers: list[LinearLayer]):
+    def __init__(self, model: nn.Module, block: str, layers: list[LinearLayer], token_mask: TokenMask = every_token):
         architecture = type(model).__name__
         known = PROPAGATION_MAPS.get(architecture)
         if known is None:
@@ -83,6 +92,7 @@ class ActivationPropagation:
             )
         by_name = {layer.name: layer for layer in layers}
         self._layers = {role: by_name[f"{block}.{name}"] for role, name in vars(known).items()}
+        self._token_mask = token_mask
         self._heads = model.config.num_attention_heads
         self._kv_heads = model.config.num_key_value_heads
         self._sums: dict[str, Tensor] = {}
@@ -94,20 +104,25 @@ class ActivationPropagation:
             register(self._layers[role].module, getattr(self, f"_see_{role}"), "forward")
 
     def _see_query(self, _module, _args, output: Tensor) -> None:
-        self._add("query", output.reshape(-1, output.shape[-1]).float().square().sum(dim=0))
+        self._add("query", self._rows(output).square().sum(dim=0))
 
     def _see_key(self, _module, _args, output: Tensor) -> None:
-        self._add("key", output.reshape(-1, output.shape[-1]).float().square().sum(dim=0))
+        self._add("key", self._rows(output).square().sum(dim=0))
 
     def _see_gate(self, _module, _args, output: Tensor) -> None:
-        self._gate_output = output
+        self._gate_output = self._rows(output)
 
     def _see_up(self, _module, _args, output: Tensor) -> None:
-        for_up, for_gate = sensitivity.gated_moments(self._gate_output, output)
+        rows = self._rows(output)
+        for_up, for_gate = sensitivity.gated_moments(self._gate_output, rows)
         self._gate_output = None
         self._add("up", for_up)
         self._add("gate", for_gate)
-        self._count += output.numel() // output.shape[-1]
+        self._count += len(rows)
+
+    def _rows(self, output: Tensor) -> Tensor:
+        mask = self._token_mask()
+        return (output if mask is None else output[mask.to(output.device)]).reshape(-1, output.shape[-1]).float()
 
     def _add(self, role: str, total: Tensor) -> None:
         self._sums[role] = self._sums[role] + total if role in self._sums else total
@@ -138,11 +153,20 @@ class BlockPropagation:
         layers: the linear layers to measure.
         tokens: how many calibration tokens to spend.
         seed: of z.
+        token_mask: which tokens of the block's output count.
     """
 
-    def __init__(self, block: nn.Module, layers: list[LinearLayer], *, tokens: int = 4096, seed: int = 0):
+    def __init__(
+        self,
+        block: nn.Module,
+        layers: list[LinearLayer],
+        *,
+        tokens: int = 4096,
+        seed: int = 0,
+        token_mask: TokenMask = every_token,
+    ):
         self._block, self._layers = block, layers
-        self._tokens, self._seed = tokens, seed
+        self._tokens, self._seed, self._token_mask = tokens, seed, token_mask
         self._generator: torch.Generator | None = None
         self._sums: dict[str, Tensor] = {}
         self._count = 0
@@ -171,6 +195,8 @@ class BlockPropagation:
                 if self._generator is None:
                     self._generator = torch.Generator(hidden.device).manual_seed(self._seed)
                 direction = sensitivity.random_direction(hidden, self._generator)
+                if (mask := self._token_mask()) is not None:
+                    direction = direction * mask.to(direction).unsqueeze(-1)
                 gradients = torch.autograd.grad(hidden, list(outputs.values()), direction)
         finally:
             self.measuring = False
@@ -179,7 +205,7 @@ class BlockPropagation:
         for name, gradient in zip(outputs, gradients, strict=True):
             total = sensitivity.square_gradient_sum(gradient)
             self._sums[name] = self._sums[name] + total if name in self._sums else total
-        self._count += hidden.numel() // hidden.shape[-1]
+        self._count += hidden.numel() // hidden.shape[-1] if mask is None else int(mask.sum())
 
     def result(self) -> dict[str, Tensor]:
         return {name: total / self._count for name, total in self._sums.items()}

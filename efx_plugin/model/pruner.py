@@ -3,7 +3,6 @@
 The modifier and the training callback drive it; they differ in who runs the model, not in what happens to a block.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +21,8 @@ from efx_plugin.model.propagation import (
     BlockPropagation,
     NoPropagation,
     RegisterHook,
+    TokenMask,
+    every_token,
 )
 
 
@@ -77,8 +78,7 @@ class BlockPruner:
         layers: the targeted linear layers inside it.
         others: its other linear layers, which may consume the targeted ones' outputs.
         settings: how to prune.
-        token_mask: gives a bool mask [batch, tokens] of the tokens to calibrate on in the current batch, or None for
-            all of them.
+        token_mask: which tokens to calibrate on.
     """
 
     def __init__(
@@ -89,14 +89,14 @@ class BlockPruner:
         layers: list[LinearLayer],
         others: list[LinearLayer],
         settings: PruningSettings,
-        token_mask: Callable[[], Tensor | None] = lambda: None,
+        token_mask: TokenMask = every_token,
     ):
         self.name, self.layers, self.settings = name, layers, settings
         self._token_mask = token_mask
         self._statistics: dict[str, InputStatistics] = {}
         self._last: tuple[Tensor, InputStatistics] | None = None
         if settings.propagation == "activation":
-            self._propagation = ActivationPropagation(model, name, layers + others)
+            self._propagation = ActivationPropagation(model, name, layers + others, token_mask)
         elif settings.propagation == "block":
             self._propagation = BlockPropagation(block, layers, tokens=settings.propagation_tokens, seed=settings.seed)
         else:
@@ -131,7 +131,7 @@ class BlockPruner:
             own = InputStatistics(inputs.shape[-1], full=full, device=inputs.device)
             self._statistics[name] = own
         mask = self._token_mask()
-        own.update(inputs if mask is None else inputs[mask.to(inputs.device, torch.bool)])
+        own.update(inputs if mask is None else inputs[mask.to(inputs.device)])
         self._last = (inputs, own)
 
     @torch.no_grad()
