@@ -8,6 +8,7 @@ NATIVE := setup.py $(wildcard efx_plugin/checkpoint/native/*.[ch]pp)
 .PHONY: demo test test-long lint bench-checkpoint
 
 demo: .venv/ready .venv-serve/ready
+	.venv/bin/python -m integration.assets
 	.venv/bin/python -m integration.demo
 
 # Threads that wait asleep: on a machine with other work, spinning ones slow each other down tenfold.

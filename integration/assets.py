@@ -376,3 +376,8 @@ def save_tiny_llama(directory: Path, **overrides) -> Path:
     model.save_pretrained(directory)
     tiny_tokenizer(model.config.vocab_size).save_pretrained(directory)
     return Path(directory)
+
+
+if __name__ == "__main__":  # what the demo needs, fetched and converted
+    smollm2()
+    splits("legal")
