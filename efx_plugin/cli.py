@@ -34,11 +34,6 @@ StructureOption = Annotated[
 ]
 
 
-@app.callback()
-def _root() -> None:
-    """Sparse domain experts: prune a model with its LoRA adapter, export it, serve it sparsely in vLLM."""
-
-
 @app.command()
 def prune(
     model: Annotated[Path, typer.Argument(help="Directory of the model to prune.", exists=True, file_okay=False)],

@@ -1,7 +1,6 @@
 """EfficientXpertModifier: llm-compressor's life cycle onto the pruning engine."""
 
 import difflib
-import re
 from typing import Any, Literal
 
 import numpy as np
@@ -270,9 +269,7 @@ def _decoder_blocks(model: nn.Module, sequential_targets: str | list[str] | None
     blocks = {name: module for name, module in model.named_modules() if name and is_match(name, module, targets)}
     # A LoRA wrapper or a nested match is no block of its own.
     blocks = {
-        name: block
-        for name, block in blocks.items()
-        if not any(re.match(re.escape(other) + r"\.", name) for other in blocks)
+        name: block for name, block in blocks.items() if not any(name.startswith(other + ".") for other in blocks)
     }
     if not blocks:
         raise EfxError(

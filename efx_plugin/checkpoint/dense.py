@@ -16,8 +16,8 @@ import torch
 from efx_plugin.checkpoint import atomic, files, models, packed, plan, quantized, shards
 from efx_plugin.checkpoint.card import dense_card
 from efx_plugin.checkpoint.config import GUARD_KEY
-from efx_plugin.checkpoint.formats import decompress, find_format
-from efx_plugin.checkpoint.reader import check_fit, dense_shapes, describe, group_parts, read_config, sparsity_of
+from efx_plugin.checkpoint.formats import find_format
+from efx_plugin.checkpoint.reader import check_fit, dense_shapes, expand_weight, group_parts, read_config, sparsity_of
 from efx_plugin.errors import EfxError
 
 NAME = "dense"
@@ -75,9 +75,7 @@ def _expanded(directory: Path, format_name: object) -> plan.Source:
 
     def read(name: str) -> torch.Tensor:
         if name in compressed:
-            parts = compressed[name]
-            tensors = {part: files.read_tensor(directory, index[tensor]) for part, tensor in parts.items()}
-            tensor = decompress(format_name, tensors, where=describe(index, parts))
+            tensor = expand_weight(directory, index, compressed[name], format_name)
         else:
             tensor = files.read_tensor(directory, index[name])
         plan.check_finite(name, tensor)  # scales above all

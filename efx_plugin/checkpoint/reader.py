@@ -97,8 +97,19 @@ def expand(directory: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor]]:
         if name not in parts_of_weights:
             yield name, files.read_tensor(directory, stored)
     for weight, parts in compressed.items():
-        tensors = {part: files.read_tensor(directory, index[name]) for part, name in parts.items()}
-        yield weight, decompress(format_name, tensors, where=describe(index, parts))
+        yield weight, expand_weight(directory, index, parts, format_name)
+
+
+def expand_weight(
+    directory: str | os.PathLike, index: Mapping[str, files.StoredTensor], parts: Mapping[str, str], format_name: str
+) -> torch.Tensor:
+    """Read and expand one compressed weight, given as `group_parts` gives it.
+
+    Raises:
+        SparseCheckpointError: its tensors are truncated, or disagree with each other.
+    """
+    tensors = {part: files.read_tensor(directory, index[name]) for part, name in parts.items()}
+    return decompress(format_name, tensors, where=describe(index, parts))
 
 
 def dense_shapes(directory: str | os.PathLike) -> dict[str, tuple[int, ...]]:
