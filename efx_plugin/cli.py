@@ -125,6 +125,44 @@ def inspect(
         _show_summary(summary, verify)
 
 
+@app.command()
+def serve(
+    directory: Annotated[Path, typer.Argument(help="Directory of the model to serve, sparse or dense.")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="-- ARGUMENTS", help="Further arguments of `vllm serve`, after --.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
+    tensor_parallel_size: Annotated[int, typer.Option(help="Ranks to split the model over.", min=1)] = 1,
+    kv_cache: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GIB",
+            help="KV cache per rank. On CPU by default a quarter of what the weights leave free, 1 to 32 GiB.",
+            min=0.01,
+        ),
+    ] = None,
+    eager: Annotated[
+        bool, typer.Option("--eager", help="Do not compile the model: starts sooner, runs slower.")
+    ] = False,
+) -> None:
+    """Serve DIRECTORY with vLLM's OpenAI-compatible server, set up for this machine.
+
+    Example: efx serve ./expert --port 8000 -- --served-model-name expert
+    """
+    from efx_plugin.serving import launch
+
+    launch.serve(
+        directory,
+        host=host,
+        port=port,
+        tensor_parallel_size=tensor_parallel_size,
+        kv_cache=kv_cache,
+        eager=eager,
+        arguments=arguments or [],
+    )
+
+
 def _show_summary(summary: "Summary", verified: bool) -> None:
     table = Table(title=summary.directory, show_header=False)
     for name, value in (

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from efx_plugin.errors import EfxError
+from efx_plugin.serving.launch import thread_binding
 
 REPEATS = 3
 
@@ -70,12 +71,9 @@ def serve(
 
 def set_environment(tp: int) -> None:
     """Set vLLM up for all cores of this machine. To be called before vLLM is imported; what is set already stays."""
-    cores = sorted(os.sched_getaffinity(0))
-    share = max(1, len(cores) // tp)
-    ranks = [cores[rank * share : (rank + 1) * share] for rank in range(tp)]
+    if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = thread_binding(tp)
     defaults = {
-        # vLLM's own choice keeps a core back.
-        "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, rank)) for rank in ranks),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         # The engine in this process starts sooner; tensor parallelism brings processes of its own.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

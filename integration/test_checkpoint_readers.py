@@ -16,21 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import efx_plugin
 from efx_plugin.checkpoint import export_checkpoint, load_sparse, read_sparsity_config, save_sparse
 from efx_plugin.errors import EfxError
+from integration.old_releases import install
 
 pytestmark = pytest.mark.integration
-
-READERS = Path(__file__).parents[1] / "build" / "readers"
-
-
-def install(version: str) -> Path:
-    """A release of compressed-tensors in a folder of its own, to be put first on a subprocess's path."""
-    folder = READERS / f"compressed-tensors-{version}"
-    if not (folder / "compressed_tensors").is_dir():
-        partial = READERS / f"{folder.name}.{os.getpid()}"
-        command = ["pip", "install", "--quiet", "--no-deps", "--target", partial, f"compressed-tensors=={version}"]
-        subprocess.run([sys.executable, "-m", *command], check=True)
-        partial.rename(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

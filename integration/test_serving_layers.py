@@ -1,5 +1,6 @@
 """Sparse shards become, on every rank, the weight that vLLM's dense loader makes of the same matrices."""
 
+import gc
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -12,19 +13,24 @@ from hypothesis import strategies as st
 
 from efx_plugin.checkpoint import FORMATS
 from efx_plugin.errors import EfxError, SparseCheckpointError
+from efx_plugin.kernels import sparse_linear
+from integration.serving_models import SCHEMES
 
 pytestmark = pytest.mark.serving
 
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
-INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
 
 
-def make_config(structure="sparse-bitmask", targets=("Linear",), ignore=(), **fields):
+def make_config(structure="sparse-bitmask", targets=("Linear",), ignore=(), scheme=None, **fields):
     from efx_plugin.serving.config import SparseCompressedTensorsConfig
 
     sparsity = {"format": structure, "targets": list(targets), "ignore": list(ignore)}
-    config = SparseCompressedTensorsConfig.from_config({"format": "dense", "sparsity_config": sparsity} | fields)
+    described = {"format": "dense", "sparsity_config": sparsity}
+    if scheme is not None:
+        groups = {"group_0": {"targets": ["Linear"], **SCHEMES[scheme]}}
+        described |= {"format": "int-quantized", "config_groups": groups}
+    config = SparseCompressedTensorsConfig.from_config(described | fields)
     config.packed_modules_mapping = FUSED
     return config
 
@@ -70,11 +76,21 @@ def make_plain(config, kind="ReplicatedLinear", columns=8, rows=8, **options):
 
 
 def random_weight(rows, columns, seed=0):
-    """Two non-zeros in every four, so that both formats take it."""
+    """Two non-zeros in every four, so that both formats take it; in each row they are int8 times a power of two, so
+    that quantization loses nothing.
+    """
     generator = torch.Generator().manual_seed(seed)
     kept = torch.rand(rows, columns // 4, 4, generator=generator).topk(2).indices
     mask = torch.zeros(rows, columns // 4, 4).scatter_(2, kept, 1).reshape(rows, columns)
-    return (torch.randn(rows, columns, generator=generator) * mask).to(torch.bfloat16)
+    values = torch.randint(1, 128, (rows, columns), generator=generator) * mask
+    signs = torch.randint(0, 2, (rows, columns), generator=generator) * 2 - 1
+    return (values * signs * torch.randint(-9, -5, (rows, 1), generator=generator).exp2()).to(torch.bfloat16)
+
+
+def quantize(weight):
+    """int8 [rows, columns] and a scale [rows, 1], a power of two: their product is a `random_weight`."""
+    scale = (weight.float().abs().amax(1, keepdim=True) / 127).log2().ceil().exp2()
+    return (weight / scale).to(torch.int8), scale.to(torch.bfloat16)
 
 
 def load(layer, tensors):
@@ -84,32 +100,42 @@ def load(layer, tensors):
         param.weight_loader(param, tensor, *(() if shard is None else (shard,)))
 
 
-def parts_of(weight, structure="sparse-bitmask", shard=None):
-    return [(name, tensor, shard) for name, tensor in FORMATS[structure].compress(weight).items()]
+def parts_of(weight, structure="sparse-bitmask", shard=None, scheme=None):
+    if scheme is None:
+        return [(name, tensor, shard) for name, tensor in FORMATS[structure].compress(weight).items()]
+    values, scale = quantize(weight)
+    return [*parts_of(values, structure, shard), ("weight_scale", scale, shard)]
 
 
 def finish(layer):
+    """The weight that the layer runs on, in whatever layout. Read off the products with unit vectors, which are exact:
+    one summand each, and of values that bfloat16 holds.
+    """
     layer.quant_method.process_weights_after_loading(layer)
-    (weight,) = layer.packed_weight.tensors
-    return weight.to_dense() if weight.is_mkldnn else weight
+    packed = layer.packed_weight
+    assert packed.dtype == torch.bfloat16
+    return sparse_linear(torch.eye(packed.in_features, dtype=packed.dtype), packed).T
 
 
-def assert_same_as_dense(make_layer, weights, structure, order, size):
+def assert_same_as_dense(make_layer, weights, structure, order, size, scheme=None):
     """`weights`: {shard id: matrix}; `order` shuffles the tensors of all shards."""
     for rank in range(size):
         with ranked(rank, size):
-            dense, sparse = make_layer(None), make_layer(make_config(structure))
+            dense, sparse = make_layer(None), make_layer(make_config(structure, scheme=scheme))
             load(dense, [("weight", weight, shard) for shard, weight in weights.items()])
-            tensors = [part for shard, weight in weights.items() for part in parts_of(weight, structure, shard)]
+            tensors = [part for shard, weight in weights.items() for part in parts_of(weight, structure, shard, scheme)]
             order.shuffle(tensors)
             load(sparse, tensors)
         assert torch.equal(finish(sparse), dense.weight.data)
-        x = torch.randn(3, dense.weight.shape[1], dtype=torch.bfloat16)
-        expected = torch.nn.functional.linear(x, dense.weight)
-        torch.testing.assert_close(sparse.quant_method.apply(sparse, x), expected)
+        # Whole numbers, of which the largest is 127: quantizing them to int8 changes nothing.
+        x = torch.randint(-127, 128, (3, dense.weight.shape[1])).to(torch.bfloat16)
+        x[:, 0] = 127
+        expected = torch.nn.functional.linear(x.double(), dense.weight.double())
+        torch.testing.assert_close(sparse.quant_method.apply(sparse, x).double(), expected, rtol=2**-8, atol=1e-3)
 
 
 structures = st.sampled_from(sorted(FORMATS))
+schemes = st.sampled_from([None, *SCHEMES])
 sizes = st.sampled_from([1, 2, 4])
 
 
@@ -121,17 +147,18 @@ sizes = st.sampled_from([1, 2, 4])
     head_size=st.sampled_from([2, 3, 8]),
     hidden=st.sampled_from([4, 12, 20]),
     structure=structures,
+    scheme=schemes,
     fused_on_disk=st.booleans(),
     order=st.randoms(),
 )
-def test_query_key_value(size, heads_per_rank, kv_heads, head_size, hidden, structure, fused_on_disk, order):
+def test_query_key_value(size, heads_per_rank, kv_heads, head_size, hidden, structure, scheme, fused_on_disk, order):
     heads = 4 * size * heads_per_rank  # each key-value head serves some; ranks that outnumber these replicate them
     rows = {"q": heads * head_size, "k": kv_heads * head_size, "v": kv_heads * head_size}
     weights = {shard: random_weight(n, hidden, seed) for seed, (shard, n) in enumerate(rows.items())}
     if fused_on_disk:
         weights = {None: torch.cat(list(weights.values()))}
     assert_same_as_dense(
-        lambda config: make_qkv(config, hidden, head_size, heads, kv_heads), weights, structure, order, size
+        lambda config: make_qkv(config, hidden, head_size, heads, kv_heads), weights, structure, order, size, scheme
     )
 
 
@@ -141,17 +168,18 @@ def test_query_key_value(size, heads_per_rank, kv_heads, head_size, hidden, stru
     rows_per_rank=st.lists(st.integers(1, 7), min_size=2, max_size=3),
     hidden=st.sampled_from([4, 12, 20]),
     structure=structures,
+    scheme=schemes,
     disk=st.sampled_from(["shards", "fused", "two and the rest"]),
     order=st.randoms(),
 )
-def test_merged_columns(size, rows_per_rank, hidden, structure, disk, order):
+def test_merged_columns(size, rows_per_rank, hidden, structure, scheme, disk, order):
     rows = [n * size for n in rows_per_rank]
     weights = {shard: random_weight(n, hidden, shard) for shard, n in enumerate(rows)}
     if disk == "fused":
         weights = {None: torch.cat(list(weights.values()))}
     elif disk == "two and the rest":
         weights = {(0, 1): torch.cat([weights.pop(0), weights.pop(1)])} | weights
-    assert_same_as_dense(lambda config: make_merged(config, hidden, rows), weights, structure, order, size)
+    assert_same_as_dense(lambda config: make_merged(config, hidden, rows), weights, structure, order, size, scheme)
 
 
 @settings(max_examples=30, deadline=None)
@@ -162,9 +190,10 @@ def test_merged_columns(size, rows_per_rank, hidden, structure, disk, order):
     columns=st.integers(1, 7),
     disable_tp=st.booleans(),
     structure=structures,
+    scheme=schemes,
     order=st.randoms(),
 )
-def test_single_weights(kind, size, rows, columns, disable_tp, structure, order):
+def test_single_weights(kind, size, rows, columns, disable_tp, structure, scheme, order):
     weights = {None: random_weight(4 * rows, 4 * columns)}
     assert_same_as_dense(
         lambda config: make_plain(config, kind, 4 * columns, 4 * rows, disable_tp=disable_tp),
@@ -172,23 +201,51 @@ def test_single_weights(kind, size, rows, columns, disable_tp, structure, order)
         structure,
         order,
         size,
+        scheme,
     )
 
 
-def test_one_dense_layer_is_staged_at_a_time():
-    layer = make_merged(make_config())
-    load(layer, parts_of(random_weight(12, 8), shard=0))
-    assert layer.sparse_loader.staging is not None and not layer.sparse_loader.parts
-    load(layer, parts_of(random_weight(12, 8), shard=1))
-    assert layer.sparse_loader.staging is None
-    finish(layer)
+@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+def test_a_loaded_layer_holds_its_packed_tensors_and_nothing_else(scheme):
+    before = live_bytes()
+    layer = make_merged(make_config(scheme=scheme), hidden=64, rows=(64, 32))
+    for shard, rows in enumerate((64, 32)):
+        load(layer, parts_of(random_weight(rows, 64), shard=shard, scheme=scheme))
+    layer.quant_method.process_weights_after_loading(layer)
     assert [name for name, _ in layer.named_parameters()] == ["weight"] and layer.weight.numel() == 0
+    assert live_bytes() - before == sum(map(nbytes, layer.packed_weight.tensors))
+
+
+def live_bytes():
+    """Of all tensors of this process, those that share memory counted once."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and one.device.type == "cpu"]
+    memory = {id(one) if one.is_mkldnn else one.untyped_storage().data_ptr(): nbytes(one) for one in tensors}
+    return sum(memory.values())
+
+
+def nbytes(tensor):
+    return tensor.numel() * tensor.element_size() if tensor.is_mkldnn else tensor.untyped_storage().nbytes()
 
 
 def test_weights_are_served_in_the_dtype_asked_for():
     weight = random_weight(8, 8)
     layer = make_plain(make_config())
     load(layer, parts_of(weight.float()))
+    assert torch.equal(finish(layer), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_scales_may_be_of_any_floating_dtype(dtype):
+    weight = random_weight(8, 8)
+    layer = make_plain(make_config(scheme="W8A16"))
+    load(
+        layer,
+        [
+            (name, part.to(dtype) if name == "weight_scale" else part, None)
+            for name, part, _ in parts_of(weight, scheme="W8A16")
+        ],
+    )
     assert torch.equal(finish(layer), weight)
 
 
@@ -248,10 +305,47 @@ def test_a_fused_layer_that_is_targeted_in_part_is_refused():
         make_qkv(make_config(targets=[r"re:.*v_proj"]))
 
 
-def test_a_layer_that_is_sparse_and_quantized_is_refused():
-    groups = {"group_0": {"targets": ["Linear"], "weights": INT8, "input_activations": None}}
-    with pytest.raises(EfxError, match=r"both sparse and quantized.*export the model again"):
-        make_qkv(make_config(config_groups=groups, format="pack-quantized"))
+@pytest.mark.parametrize(
+    ("weights", "inputs", "found"),
+    [
+        ({"type": "float"}, None, r"8-bit float \(per channel\) weights and unquantized"),
+        ({"type": "float"}, {"type": "float"}, r"weights and dynamic 8-bit float \(per token\) activations"),
+        ({"num_bits": 4}, None, r"4-bit int \(per channel\) weights"),
+        ({"strategy": "group", "group_size": 4}, None, r"8-bit int \(per group\) weights"),
+        ({"strategy": "tensor"}, {}, r"8-bit int \(per tensor\) weights"),
+        ({"symmetric": False}, {}, r"asymmetric 8-bit int \(per channel\) weights"),
+        ({}, {"symmetric": False}, r"dynamic asymmetric 8-bit int \(per token\) activations"),
+        ({}, {"strategy": "tensor", "dynamic": False}, r"and 8-bit int \(per tensor\) activations"),
+        ({}, {"num_bits": 4}, r"dynamic 4-bit int \(per token\) activations"),
+    ],
+)
+def test_other_quantizations_of_sparse_layers_are_refused(weights, inputs, found):
+    scheme = SCHEMES["W8A8"]
+    group = {
+        "targets": ["Linear"],
+        "weights": scheme["weights"] | weights,
+        "input_activations": None if inputs is None else scheme["input_activations"] | inputs,
+    }
+    with pytest.raises(
+        EfxError, match=rf"qkv_proj is both sparse and quantized, with .*{found}.* export the model again"
+    ):
+        make_qkv(make_config(config_groups={"group_0": group}, format="naive-quantized"))
+
+
+def test_weights_packed_into_words_are_not_sparse():
+    with pytest.raises(EfxError, match="both sparse and quantized"):
+        make_qkv(make_config(scheme="W8A16", format="pack-quantized"))
+
+
+def test_what_is_quantized_alone_is_left_to_vllm():
+    layer = make_qkv(make_config(scheme="W8A8", ignore=[r"re:.*self_attn.*"]))
+    assert type(layer.quant_method).__name__ == "CompressedTensorsLinearMethod"
+    assert layer.weight.dtype == torch.int8
+
+
+def test_a_form_that_only_sparse_layers_have_is_refused_of_others():
+    with pytest.raises(EfxError, match=r"qkv_proj is quantized without its activations, but not sparse, .*\(W8A8\)"):
+        make_qkv(make_config(scheme="W8A16", ignore=[r"re:.*self_attn.*"]))
 
 
 @pytest.mark.parametrize(
@@ -309,14 +403,40 @@ def test_a_shard_that_comes_twice_is_refused():
 @pytest.mark.parametrize(("rows", "columns"), [(16, 8), (4, 8), (8, 12)])
 def test_a_weight_of_another_model_is_refused(rows, columns):
     layer = make_qkv(make_config())
+    shapes = {"q": (rows, columns), "k": (4, 8), "v": (4, 8)}
     with pytest.raises(SparseCheckpointError, match=rf"q_proj.shape declares \[{rows}, {columns}\]"):
-        load(layer, parts_of(random_weight(rows, columns), shard="q"))
+        load(layer, [part for shard, shape in shapes.items() for part in parts_of(random_weight(*shape), shard=shard)])
 
 
-def test_quantized_values_are_refused():
-    layer = make_plain(make_config())
-    with pytest.raises(SparseCheckpointError, match=r"quantized values .*int8.*export the model again"):
-        load(layer, parts_of((random_weight(8, 8) * 10).to(torch.int8)))
+def test_values_that_config_json_does_not_quantize_are_refused():
+    values, _ = quantize(random_weight(8, 8))
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        layer = make_plain(make_config())
+        with pytest.raises(SparseCheckpointError, match=rf"down_proj.compressed holds quantized values \({dtype}\)"):
+            load(layer, parts_of(values.to(dtype)))
+
+
+def test_values_that_config_json_quantizes_otherwise_are_refused():
+    weight = random_weight(8, 8)
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        layer = make_plain(make_config(scheme="W8A16"))
+        with pytest.raises(SparseCheckpointError, match=rf"down_proj.compressed is of {dtype}, but .* int8 \(W8A16\)"):
+            load(layer, [*parts_of(weight.to(dtype)), parts_of(weight, scheme="W8A16")[-1]])
+
+
+@pytest.mark.parametrize("scale", [torch.ones(8), torch.ones(4, 1), torch.ones(1, 1), torch.full((8, 1), torch.nan)])
+def test_a_damaged_scale_is_refused(scale):
+    layer = make_plain(make_config(scheme="W8A8"))
+    parts = parts_of(random_weight(8, 8), scheme="W8A8")[:-1]
+    with pytest.raises(SparseCheckpointError, match=r"down_proj.weight_scale is not \[8, 1\] finite numbers"):
+        load(layer, [*parts, ("weight_scale", scale, None)])
+
+
+def test_a_scale_that_is_missing_is_named():
+    layer = make_plain(make_config(scheme="W8A8"))
+    load(layer, parts_of(random_weight(8, 8), scheme="W8A8")[:-1])
+    with pytest.raises(SparseCheckpointError, match=r"down_proj is sparse .* lacks its weight_scale: download"):
+        finish(layer)
 
 
 @pytest.mark.parametrize("structure", sorted(FORMATS))

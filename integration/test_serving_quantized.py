@@ -1,62 +1,84 @@
-"""What is sparse and quantized is not served yet: vLLM says what to do instead, and what that leaves it serves."""
+"""int8 weights that are sparse as well are served as they are, with the tokens of the same weights stored otherwise."""
 
 from pathlib import Path
 
 import pytest
 
-from efx_plugin.checkpoint import export_checkpoint, save_sparse
+from efx_plugin.checkpoint import export_checkpoint, load_sparse, save_sparse
 from efx_plugin.errors import EfxError
-from integration.serving_models import engine, greedy, save_tiny
+from integration.serving_models import SCHEMES, assert_varied, engine, kernel, save_tiny, serve
 
 pytestmark = pytest.mark.serving
 
-INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
-SCHEMES = {
-    "W8A8": {"weights": INT8, "input_activations": INT8 | {"strategy": "token", "dynamic": True}},
-    "W8A16": {"weights": INT8},
-}
 
-
-def quantized_model(directory: Path, scheme: str):
-    """As llm-compressor leaves it."""
+def quantized_model(directory: Path, scheme: dict, architecture: str, seed: int):
+    """As llm-compressor leaves it, but for the scales: powers of two, so that bfloat16 holds the quantized weights.
+    The seeds are chosen as for `SEEDS`.
+    """
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(save_tiny(directory, "Llama") / "dense", dtype="auto")
-    groups = {"group_0": {"targets": ["Linear"], **SCHEMES[scheme]}}
+    model = AutoModelForCausalLM.from_pretrained(save_tiny(directory, architecture, seed=seed) / "dense", dtype="auto")
+    groups = {"group_0": {"targets": ["Linear"], **scheme}}
     apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
     for module in model.modules():
         if hasattr(module, "weight_scale"):
-            module.weight_scale.data.copy_(module.weight.data.abs().amax(1, keepdim=True) / 127)
+            module.weight_scale.data.copy_((module.weight.data.abs().amax(1, keepdim=True) / 127).log2().ceil().exp2())
             module.weight_zero_point.data.zero_()
             module.quantization_status = QuantizationStatus.FROZEN
     return model
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_refusal_names_the_remedy(tmp_path, scheme):
-    save_sparse(quantized_model(tmp_path / "tiny", scheme), tmp_path / "sparse", progress=False)
+@pytest.fixture(scope="module")
+def w8a8(tmp_path_factory):
+    """Llama, quantized: a directory with `sparse`, and `quantized` by compressed-tensors, without the sparsity."""
+    from compressed_tensors.compressors import ModelCompressor
+
+    directory = tmp_path_factory.mktemp("w8a8")
+    model = quantized_model(directory / "tiny", SCHEMES["W8A8"], "Llama", seed=806)
+    save_sparse(model, directory / "sparse", progress=False)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(directory / "quantized")
+    compressor.update_config(str(directory / "quantized"))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def w8a8_tokens(w8a8):
+    """Of vLLM's own int8 kernel."""
+    tokens, kernels = serve(w8a8 / "quantized")
+    assert kernels == []
+    assert_varied(tokens)
+    return tokens
+
+
+def test_w8a8_is_served_with_the_tokens_of_the_quantized_checkpoint(w8a8, w8a8_tokens):
+    assert serve(w8a8 / "sparse") == (w8a8_tokens, [kernel("W8A8")])
+
+
+def test_the_dense_export_of_w8a8_is_served(w8a8, w8a8_tokens, tmp_path):
+    export_checkpoint(w8a8 / "sparse", tmp_path / "dense", structure="dense", progress=False)
+    assert serve(tmp_path / "dense") == (w8a8_tokens, [])
+
+
+# Phi-3 is fused on disk, scales as well.
+@pytest.mark.parametrize(("architecture", "seed"), [("Llama", 225), ("Phi3", 1108)])
+def test_w8a16_is_served_with_the_tokens_of_the_weights_it_stands_for(tmp_path, architecture, seed):
+    model = quantized_model(tmp_path / "tiny", SCHEMES["W8A16"], architecture, seed)
+    save_sparse(model, tmp_path / "sparse", progress=False)
+    # vLLM has no kernel for dense W8A16 on a CPU. Scale times int8 is exact in bfloat16 here.
+    load_sparse(tmp_path / "sparse").save_pretrained(tmp_path / "plain")
+    tokens, _ = serve(tmp_path / "plain")
+    assert_varied(tokens)
+    assert serve(tmp_path / "sparse") == (tokens, [kernel("W8A16")])
+
+
+def test_what_cannot_be_served_names_the_remedy(tmp_path):
+    fp8 = {part: args | {"type": "float"} for part, args in SCHEMES["W8A8"].items()}
+    save_sparse(quantized_model(tmp_path / "tiny", fp8, "Llama", seed=0), tmp_path / "sparse", progress=False)
     with (
         pytest.raises(EfxError, match=r"both sparse and quantized, .*export_checkpoint\(.*structure=\"dense\"\)"),
         engine(tmp_path / "sparse"),
     ):
         pass
-
-
-def test_the_remedy_is_served(tmp_path):
-    """With the tokens of the checkpoint that was never sparse."""
-    from compressed_tensors.compressors import ModelCompressor
-
-    model = quantized_model(tmp_path / "tiny", "W8A8")
-    save_sparse(model, tmp_path / "sparse", progress=False)
-    export_checkpoint(tmp_path / "sparse", tmp_path / "dense", structure="dense", progress=False)
-    compressor = ModelCompressor.from_pretrained_model(model)
-    compressor.compress_model(model)
-    model.save_pretrained(tmp_path / "quantized")
-    compressor.update_config(str(tmp_path / "quantized"))
-    tokens = []
-    for name in ("dense", "quantized"):
-        with engine(tmp_path / name) as llm:
-            tokens.append(greedy(llm))
-    assert tokens[0] == tokens[1]
-    assert [len(one) for one in tokens[0]] == [16] * len(tokens[0])

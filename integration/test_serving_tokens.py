@@ -1,16 +1,21 @@
 """vLLM serves a sparse checkpoint with the tokens of the same weights stored dense."""
 
 import json
+import weakref
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from efx_plugin.checkpoint.formats import PART_NAMES
 from integration.assets import tiny_tokenizer
 from integration.serving_models import (
     ARCHITECTURES,
+    PROMPTS,
+    assert_varied,
     engine,
     greedy,
+    kernel,
     rewrite,
     save_tiny,
     serve,
@@ -26,19 +31,86 @@ def llama(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("llama"), "Llama")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.fixture(scope="module")
+def llama_tokens(llama):
+    """Of the dense checkpoint."""
+    tokens, kernels = serve(llama / "dense")
+    assert kernels == []
+    assert_varied(tokens)
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "architecture", [name for name in ARCHITECTURES if name not in ("Llama", "Mixtral", "Qwen3Moe")]
+)
 def test_tokens_equal_those_of_the_dense_checkpoint(architecture, tmp_path):
     model = save_tiny(tmp_path, architecture)
-    tokens, kernels = serve(model / "dense")
-    assert kernels == []
-    assert serve(model / "sparse-bitmask") == (tokens, ["reference"])
-    old = rewrite(model / "sparse-24-bitmask", tmp_path / "old", use_old_names)
-    assert serve(old) == (tokens, ["reference"])
+    tokens, _ = serve(model / "dense")
+    assert_varied(tokens)
+    assert serve(model / "sparse-bitmask") == (tokens, [kernel()])
+
+
+def test_one_layer_is_staged_at_a_time(llama, llama_tokens, monkeypatch):
+    from efx_plugin.serving import loading
+
+    staged, expanded, peak = weakref.WeakSet(), weakref.WeakSet(), {"staged": 0, "expanded": 0}
+
+    class Staging(loading.ModelWeightParameter):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            staged.add(self)
+            peak["staged"] = max(peak["staged"], len(staged))
+
+    def decompress(*arguments, **options):
+        dense = real_decompress(*arguments, **options)
+        expanded.add(dense)
+        peak["expanded"] = max(peak["expanded"], len(expanded))
+        return dense
+
+    real_decompress = loading.decompress
+    monkeypatch.setattr(loading, "ModelWeightParameter", Staging)
+    monkeypatch.setattr(loading, "decompress", decompress)
+    assert serve(llama / "sparse-bitmask") == (llama_tokens, [kernel()])
+    assert peak == {"staged": 1, "expanded": 1}
+    assert not staged and not expanded
+
+
+def test_the_other_format_is_served_under_its_old_names(llama, llama_tokens, tmp_path):
+    old = rewrite(llama / "sparse-24-bitmask", tmp_path / "old", use_old_names)
+    assert serve(old) == (llama_tokens, [kernel()])
+
+
+def test_layers_in_ignore_are_dense(llama, llama_tokens, tmp_path):
+    ignored = [f"model.layers.1.self_attn.{name}_proj" for name in "qkv"] + ["model.layers.0.mlp.down_proj"]
+    dense = load_file(llama / "dense" / "model.safetensors")
+
+    def store_dense(tensors):
+        for name in ignored:
+            tensors[f"{name}.weight"] = dense[f"{name}.weight"]
+            for part in PART_NAMES:
+                tensors.pop(f"{name}.{part}", None)
+
+    mixed = rewrite(llama / "sparse-bitmask", tmp_path / "mixed", store_dense)
+    config = json.loads((mixed / "config.json").read_text())
+    config["quantization_config"]["sparsity_config"]["ignore"] += [*ignored[:3], r"re:.*layers\.0\.mlp\.down_proj"]
+    (mixed / "config.json").write_text(json.dumps(config))
+    with engine(mixed) as llm:
+        assert greedy(llm) == llama_tokens
+        layers = llm.apply_model(
+            lambda model: [name for name, one in model.named_modules() if hasattr(one, "packed_weight")]
+        )
+    parts = [
+        ("self_attn.o_proj", "self_attn.qkv_proj", "mlp.gate_up_proj"),
+        ("self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+    ]
+    assert sorted(layers[0]) == sorted(
+        f"model.layers.{layer}.{name}" for layer, names in enumerate(parts) for name in names
+    )
 
 
 def test_tokens_are_equal_when_compiled(llama):
     tokens, _ = serve(llama / "dense", enforce_eager=False)
-    assert serve(llama / "sparse-bitmask", enforce_eager=False) == (tokens, ["reference"])
+    assert serve(llama / "sparse-bitmask", enforce_eager=False) == (tokens, [kernel()])
 
 
 def test_adapters_run_on_sparse_layers(llama, tmp_path):
@@ -55,11 +127,12 @@ def test_adapters_run_on_sparse_layers(llama, tmp_path):
 
 def test_tokens_are_equal_under_tensor_parallelism(tmp_path):
     # One key-value head for both ranks, and 38 of 76 intermediate columns each: bytes of the bitmask are split.
-    model = save_tiny(tmp_path, "Llama", num_key_value_heads=1)
+    model = save_tiny(tmp_path, "Llama", num_key_value_heads=1, seed=46)  # see SEEDS
+    prompts = [" ".join(f"t{token}" for token in prompt) for prompt in PROMPTS]
     served, log = {}, {}
     for kind in ("dense", "sparse-bitmask"):
         tiny_tokenizer(320).save_pretrained(model / kind)
-        result, served[kind] = serve_once(model / kind, ["t5 t6 t7 t8", "t300"], "--tp", "2")
+        result, served[kind] = serve_once(model / kind, prompts, "--tp", "2")
         assert result.returncode == 0, result.stderr[-3000:]
         log[kind] = result.stdout + result.stderr
     dense, sparse = served.values()
@@ -67,10 +140,19 @@ def test_tokens_are_equal_under_tensor_parallelism(tmp_path):
     for output in sparse["outputs"]:
         assert len(output["token_ids"]) == 8
         assert output["text"].split() == [f"t{token}" for token in output["token_ids"] if token > 2]
-    assert (dense["operator"], sparse["operator"]) == ("dense", "reference")
+    assert (dense["operator"], sparse["operator"]) == ("dense", kernel())
     assert sparse["tokens_per_second"] > 0 and sparse["load_seconds"] > 0
-    line = "sparse layers run on the reference kernel"
+    line = f"sparse layers run on the {kernel()} kernel"
     assert (log["dense"].count(line), log["sparse-bitmask"].count(line)) == (0, 2)  # once per process
+
+
+def test_tokens_are_equal_where_ranks_share_what_is_fused_on_disk(tmp_path, monkeypatch):
+    # As above: one key-value head for both ranks, 38 columns each.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    model = save_tiny(tmp_path, "Phi3", num_key_value_heads=1, seed=331)  # see SEEDS
+    tokens, _ = serve(model / "dense", tensor_parallel_size=2)
+    assert_varied(tokens)
+    assert serve(model / "sparse-bitmask", tensor_parallel_size=2) == (tokens, [kernel()])
 
 
 def save_adapter(directory, model):

@@ -20,7 +20,8 @@ import efx_plugin
 from efx_plugin.checkpoint import export_checkpoint, linear_bytes, load_sparse, save_sparse
 from efx_plugin.errors import EfxError
 from integration.assets import save_tiny_llama
-from integration.test_checkpoint_readers import install, outcomes
+from integration.old_releases import install
+from integration.test_checkpoint_readers import outcomes
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 

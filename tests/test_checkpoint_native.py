@@ -36,7 +36,7 @@ def compile_codec(output: Path, *options: str, with_avx512: bool) -> None:
         flags = [option for option in options if option.startswith(("-f", "-O"))]
         instructions = ["-mavx512f", "-mavx512bw", "-mavx512vbmi2"]
         subprocess.run([*common, *flags, *instructions, "-c", SOURCES / "avx512.cpp", "-o", avx512], check=True)
-        options = (*options, str(avx512), "-DEFX_WITH_AVX512")
+        options = (*options, str(avx512), "-DEFX_WITH_X86")
     subprocess.run([*common, *options, SOURCES / "entry.cpp", SOURCES / "portable.cpp", "-o", output], check=True)
 
 

@@ -1,8 +1,8 @@
-"""The operator `efx::sparse_linear`, the kernels behind it, and the packed weights they take.
+"""The operator `efx::sparse_linear`, and the packed weights that it takes.
 
-A kernel is a module with `pack(weight) -> tuple of tensors`, `linear(x, tensors, bias) -> y` and `SUMMARY`, a phrase
-for the log. The operator carries the kernel's name and its tensors, whatever they are, so that a further kernel changes
-neither the schema nor any caller.
+A kernel has `pack(weight, scales, quantize_activations) -> tuple of tensors`, `linear(x, tensors, bias, out_features)`
+and a `summary`, a phrase for the log. The operator carries the kernel's name and its tensors, whatever they are, so
+that a further kernel changes neither the schema nor any caller.
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from efx_plugin.errors import EfxError
-from efx_plugin.kernels import reference
-
-KERNELS = {"reference": reference}
+from efx_plugin.kernels.choice import choose, find
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +22,9 @@ class PackedWeight:
         tensors: what the kernel reads; layout and dtypes are the kernel's own business.
         out_features: rows of the weight.
         in_features: columns of the weight.
-        dtype: the weight's dtype, which activations must share.
-        kernel: the kernel's name, a key of `KERNELS`.
+        dtype: the dtype of activations, bias and result.
+        kernel: the kernel's name.
+        reason: why it is not the best kernel that there is; None if it is.
     """
 
     tensors: tuple[Tensor, ...]
@@ -33,34 +32,58 @@ class PackedWeight:
     in_features: int
     dtype: torch.dtype
     kernel: str
+    reason: str | None
 
 
-def pack(weight: Tensor) -> PackedWeight:
-    """Pack a weight [out, in] with zeros in it, floating point, for the best kernel of its device and dtype.
+def pack(
+    weight: Tensor,
+    *,
+    scales: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    quantize_activations: bool = False,
+) -> PackedWeight:
+    """Pack a weight [out, in] with zeros in it for the best kernel of its device and dtype.
+
+    Args:
+        weight: floating point, or int8 with `scales`.
+        scales: float32 [out]; row o of the weight is scales[o] times its int8 values.
+        dtype: of activations and result; for a floating-point weight its own, which is the default.
+        quantize_activations: for int8 weights: activations are quantized too, each row x to round(x / s) with
+            s = max |x| / 127.
 
     Raises:
-        EfxError: `weight` is not a floating-point matrix.
+        EfxError: the arguments do not fit together, or EFX_KERNEL asks for what is not there.
     """
-    if weight.ndim != 2 or not weight.is_floating_point():
+    if weight.ndim != 2 or not (weight.is_floating_point() or weight.dtype == torch.int8):
         raise EfxError(
-            f"a sparse linear weight must be a floating-point matrix, not {weight.dtype} of shape {tuple(weight.shape)}"
+            f"a sparse linear weight must be a floating-point or int8 matrix, not {weight.dtype} of shape "
+            f"{tuple(weight.shape)}"
         )
     out_features, in_features = weight.shape
-    return PackedWeight(reference.pack(weight), out_features, in_features, weight.dtype, "reference")
+    if weight.dtype == torch.int8:
+        if dtype is None or scales is None or scales.shape != (out_features,) or scales.dtype != torch.float32:
+            raise EfxError("an int8 weight needs the dtype of activations, and float32 scales, one per row")
+    elif scales is not None or quantize_activations or dtype not in (None, weight.dtype):
+        raise EfxError(f"scales, quantized activations and a dtype of their own belong to int8, not to {weight.dtype}")
+    dtype = dtype or weight.dtype
+    kernel, reason = choose(weight, dtype)
+    tensors = find(kernel).pack(weight, scales, quantize_activations)
+    return PackedWeight(tensors, out_features, in_features, dtype, kernel, reason)
 
 
 def kernel_summary(packed: PackedWeight) -> str:
-    """What the kernel of `packed` does and what it is worth, as a phrase for a log line."""
-    return KERNELS[packed.kernel].SUMMARY
+    """What the kernel of `packed` does, and why it is not a better one if it is not: a phrase for a log line."""
+    summary = find(packed.kernel).summary
+    return summary if packed.reason is None else f"{summary}; {packed.reason}"
 
 
 def sparse_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x @ W.T + bias for a packed W. For inference: no gradient is defined.
 
     Args:
-        x: activations [..., in_features], of the weight's dtype and on its device.
+        x: activations [..., in_features], of the packed weight's dtype and on its device.
         packed: W, from `pack`.
-        bias: [out_features], or None.
+        bias: [out_features], of the same dtype, or None.
 
     Returns:
         [..., out_features], of x's dtype.
@@ -77,7 +100,7 @@ def sparse_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -
 
 
 def _sparse_linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, out_features: int, kernel: str) -> Tensor:
-    return KERNELS[kernel].linear(x, packed, bias)
+    return find(kernel).linear(x, packed, bias, out_features)
 
 
 def _sparse_linear_fake(x: Tensor, packed: list[Tensor], bias: Tensor | None, out_features: int, kernel: str) -> Tensor:

@@ -1,25 +1,51 @@
 """The reference kernel: torch's own linear on a weight that is kept dense.
 
 It defines what the other kernels compute, and runs wherever torch does. On a CPU the weight is reordered once into
-oneDNN's blocked layout, which spares the reordering that `torch.nn.functional.linear` repeats in every call.
+oneDNN's blocked layout, which spares the reordering that `torch.nn.functional.linear` repeats in every call. int8
+weights are kept as float32, which holds them and nearly all of their sums exactly.
 """
 
 import torch
 from torch import Tensor
 
-SUMMARY = "weights expanded to dense once at load: tokens as dense, no gain in memory or speed"
+
+class ReferenceKernel:
+    name = "reference"
+    summary = "weights expanded to dense once at load: tokens as dense, no gain in memory or speed"
+
+    def pack(self, weight: Tensor, scales: Tensor | None, quantize_activations: bool) -> tuple[Tensor, ...]:
+        """Prepare `weight` [out, in] for `linear`: the weight, in oneDNN's layout where oneDNN takes the dtype, and for
+        int8 the scales [out] and whether activations are quantized.
+        """
+        if scales is None:
+            return (_prepare(weight),)
+        return _prepare(weight.float()), scales.clone(), torch.tensor(quantize_activations)
+
+    def linear(self, x: Tensor, packed: list[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
+        """x [..., in] times the packed weight, plus `bias` [out] if given: [..., out], contiguous."""
+        weight, *quantized = packed
+        if not quantized:
+            return _linear(x, weight, bias)
+        scales, quantize_activations = quantized
+        activations = x.float()
+        if quantize_activations:
+            x_scales = activations.abs().amax(-1, keepdim=True) / 127
+            activations = (activations * x_scales.reciprocal().nan_to_num(posinf=0)).round()
+            scales = scales * x_scales
+        y = _linear(activations, weight, None) * scales
+        return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def pack(weight: Tensor) -> tuple[Tensor]:
-    """Prepare `weight` [out, in] for `linear`: one tensor, in oneDNN's layout where oneDNN takes the dtype."""
+KERNEL = ReferenceKernel()
+
+
+def _prepare(weight: Tensor) -> Tensor:
     if _onednn_takes(weight):
-        return (torch.ops.mkldnn._reorder_linear_weight(weight, None),)
-    return (weight.clone(memory_format=torch.contiguous_format),)
+        return torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    return weight.clone(memory_format=torch.contiguous_format)
 
 
-def linear(x: Tensor, packed: list[Tensor], bias: Tensor | None) -> Tensor:
-    """x [..., in] times the packed weight, plus `bias` [out] if given: [..., out], contiguous."""
-    (weight,) = packed
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return torch.nn.functional.linear(x, weight, bias)

@@ -9,7 +9,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 
 class EFXCommand(BaseOptimumCLICommand):
-    COMMAND = CommandInfo(name="efx", help="Sparse domain experts: prune, export and inspect (see `efx --help`).")
+    COMMAND = CommandInfo(name="efx", help="Sparse domain experts: prune, export, inspect, serve (see `efx --help`).")
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:

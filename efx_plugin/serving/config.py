@@ -1,8 +1,11 @@
 """vLLM's compressed-tensors configuration, with the sparsity that vLLM has dropped."""
 
+import re
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import GateLinear, RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.utils import find_matched_target, should_ignore_layer
@@ -12,14 +15,11 @@ from vllm.model_executor.models.utils import WeightsMapper
 from efx_plugin.checkpoint import FORMATS
 from efx_plugin.checkpoint.formats import PART_NAMES
 from efx_plugin.errors import EfxError
-from efx_plugin.serving.loading import refuse_parts
+from efx_plugin.serving.loading import refuse_expert_parts, refuse_parts
 from efx_plugin.serving.method import SparseLinearMethod
+from efx_plugin.serving.quantized import int8_scheme, readable_by_vllm, refuse_unpacked, restore_formats
 
-# vLLM's own kernels serve such a model dense. That is the user's choice, so it takes a command of the user's.
-_SPARSE_AND_QUANTIZED = (
-    "both sparse and quantized, which efx-plugin does not serve yet: export the model again without the sparse "
-    'compression, efx_plugin.checkpoint.export_checkpoint(SOURCE, DESTINATION, structure="dense"), and serve that'
-)
+logger = init_logger("vllm.efx_plugin")
 
 
 class SparseCompressedTensorsConfig(CompressedTensorsConfig):
@@ -45,7 +45,8 @@ class SparseCompressedTensorsConfig(CompressedTensorsConfig):
         if sparsity.get("format", "dense") == "dense":  # nothing is stored sparse: vLLM decides
             return super().from_config(config)
         _check_servable(config)
-        self = super().from_config({key: value for key, value in config.items() if key != "sparsity_config"})
+        self = super().from_config(readable_by_vllm(config))
+        restore_formats(self.target_scheme_map, config)
         self.sparsity_format = sparsity["format"]
         self.sparse_targets = tuple(sparsity["targets"])
         self.sparse_ignore = tuple(sparsity.get("ignore") or ())
@@ -58,20 +59,34 @@ class SparseCompressedTensorsConfig(CompressedTensorsConfig):
         self.sparse_ignore = _map_paths(self.sparse_ignore, hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Our method for a sparse linear layer, the parent's for everything else.
+        """Our method for a sparse linear layer, quantized or not; the parent's for everything else.
 
         Raises:
-            EfxError: a fused layer is sparse in part, or a layer is both sparse and quantized.
+            EfxError: a fused layer is sparse in part, or a layer is quantized in a way that is not served.
         """
-        if self.sparsity_format is None or not isinstance(layer, LinearBase | VocabParallelEmbedding):
+        if self.sparsity_format is None or not isinstance(layer, LinearBase | VocabParallelEmbedding | RoutedExperts):
+            return super().get_quant_method(layer, prefix)
+        if isinstance(layer, RoutedExperts):
+            # The same words for every layer, so that each process logs them once.
+            logger.info_once(
+                "efx-plugin: %s are dense: efx-plugin has no sparse kernel for fused experts.",
+                re.sub(r"\.\d+\.", ".*.", prefix),
+                scope="process",
+            )
+            refuse_expert_parts(layer, prefix, self.sparsity_format)
             return super().get_quant_method(layer, prefix)
         shards = self._shard_names(prefix)
-        if not (isinstance(layer, LinearBase) and self._is_sparse(layer, prefix, shards)):
-            refuse_parts(layer, prefix, self.sparsity_format)
-            return super().get_quant_method(layer, prefix)
-        if self.get_scheme_dict(layer, prefix):
-            raise EfxError(f"{prefix} is {_SPARSE_AND_QUANTIZED}")
-        return SparseLinearMethod(self.sparsity_format, shards)
+        scheme = self.get_scheme_dict(layer, prefix)
+        if (
+            isinstance(layer, LinearBase)
+            and not isinstance(layer, GateLinear)
+            and self._is_sparse(layer, prefix, shards)
+        ):
+            return SparseLinearMethod(self.sparsity_format, shards, int8_scheme(scheme, prefix) if scheme else None)
+        if scheme:
+            refuse_unpacked(scheme, prefix)
+        refuse_parts(layer, prefix, self.sparsity_format)
+        return super().get_quant_method(layer, prefix)
 
     @staticmethod
     def get_checkpoint_weight_mapper() -> WeightsMapper:
@@ -117,11 +132,6 @@ def _check_servable(config: dict[str, Any]) -> None:
             "sparsity_config.targets in config.json is empty, so that it does not say which layers are sparse: convert "
             "the checkpoint with efx_plugin.load_sparse and save_sparse"
         )
-    for group in (config.get("config_groups") or {}).values():
-        # Weights of one byte, activations not quantized: vLLM takes these packed alone, and fails an assertion else.
-        weights, packed = group.get("weights") or {}, (group.get("format") or config.get("format")) == "pack-quantized"
-        if weights.get("type") == "int" and not group.get("input_activations") and not packed:
-            raise EfxError(f"the checkpoint is {_SPARSE_AND_QUANTIZED}")
     if config.get("transform_config"):
         raise EfxError(
             "the checkpoint has both a sparsity_config and a transform_config, and efx-plugin cannot apply transforms "

@@ -7,6 +7,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_
 
 from efx_plugin.kernels import PackedWeight, kernel_summary, sparse_linear
 from efx_plugin.serving.loading import SparseWeightLoader
+from efx_plugin.serving.quantized import Int8Scheme
 
 logger = init_logger("vllm.efx_plugin")
 
@@ -18,11 +19,13 @@ class SparseLinearMethod(LinearMethodBase):
     Args:
         format_name: the checkpoint's sparse format.
         shards: names of the checkpoint's modules that the layer fuses, in order; its own name if it fuses none.
+        scheme: how the weight is quantized as well; None if it is not.
     """
 
-    def __init__(self, format_name: str, shards: list[str]) -> None:
+    def __init__(self, format_name: str, shards: list[str], scheme: Int8Scheme | None = None) -> None:
         self.format_name = format_name
         self.shards = shards
+        self.scheme = scheme
 
     def create_weights(
         self,
@@ -39,6 +42,7 @@ class SparseLinearMethod(LinearMethodBase):
             layer,
             self.format_name,
             self.shards,
+            self.scheme,
             shape=(sum(output_partition_sizes), input_size_per_partition),
             dtype=params_dtype,
             dense_loader=extra_weight_attrs["weight_loader"],

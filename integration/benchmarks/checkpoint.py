@@ -10,23 +10,19 @@ kernel has to clear first, shows how much of their time that takes.
 """
 
 import ctypes
-import json
 import os
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from efx_plugin.checkpoint import FORMATS, bits, decompress, native
-from integration.test_checkpoint_readers import install
+from integration.benchmarks.timing import OUTPUT, Timed, interleave, process, ratio, timed, write_json
+from integration.old_releases import install
 
-OUTPUT = Path(__file__).resolve().parents[2] / "build" / "bench"
 ROUNDS = 31
 ROUNDS_BESIDE_OTHERS = 5  # the old compressor needs seconds for each
 NBYTES = 2**27  # of each dense weight
@@ -55,8 +51,6 @@ for line in sys.stdin:
         packed.decompress()
     print(time.perf_counter() - begin, flush=True)
 """
-
-Timed = dict[str, Callable[[], float]]  # what -> a function that does it and returns its seconds
 
 
 def make_weights() -> dict[tuple[str, torch.dtype], torch.Tensor]:
@@ -118,51 +112,8 @@ def old_compressor(weight: torch.Tensor) -> Iterator[Timed]:
     save_file({"weight": weight}, path)
     environment = os.environ | {"PYTHONPATH": str(install(OLD))}
     command = [sys.executable, "-c", OLD_COMPRESSOR, str(path), OLD]
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-
-        def answer() -> str:
-            line = process.stdout.readline()
-            if not line:
-                raise RuntimeError(f"compressed-tensors {OLD} stopped: its message is above")
-            return line.strip()
-
-        def ask(what: str) -> float:
-            process.stdin.write(f"{what}\n")
-            process.stdin.flush()
-            return float(answer())
-
-        assert answer() == "ready"
-        yield {f"{OLD_NAME} {what}": lambda what=what: ask(what) for what in ("pack", "unpack")}
-        process.stdin.close()
-
-
-def timed(function: Callable[[], object]) -> Callable[[], float]:
-    """The seconds that the function takes, its result held until they are counted."""
-
-    def seconds() -> float:
-        begin = time.perf_counter()
-        result = function()
-        end = time.perf_counter()
-        del result
-        return end - begin
-
-    return seconds
-
-
-def interleave(functions: Timed, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every function in every round."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            seconds[name].append(function())
-    return seconds
-
-
-def ratio(fast: list[float], slow: list[float]) -> float:
-    """How many times longer the second takes; other work on the machine slows both sides of a round."""
-    return median(long / short for short, long in zip(fast, slow, strict=True))
+    with process(OLD_NAME, command, environment) as (ask, _):
+        yield {f"{OLD_NAME} {what}": lambda what=what: float(ask(what)) for what in ("pack", "unpack")}
 
 
 def print_speeds(title: str, seconds: dict[str, list[float]]) -> None:
@@ -205,9 +156,7 @@ def main() -> None:
         "bytes_ratio": sum(part.nbytes for part in FORMATS[headline[0]].compress(weight).values()) / weight.nbytes,
     }
     print("\n" + "\n".join(f"{name:24} {figure:.3f}" for name, figure in report.items()))
-    partial = OUTPUT / "checkpoint.json.partial"
-    partial.write_text(json.dumps(report, indent=2) + "\n")
-    partial.replace(OUTPUT / "checkpoint.json")
+    write_json(OUTPUT / "checkpoint.json", report)
 
 
 if __name__ == "__main__":

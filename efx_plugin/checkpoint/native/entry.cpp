@@ -1,7 +1,7 @@
 // The C interface that native/__init__.py calls. Sizes count elements: bytes of a mask, values, rows.
 //
 // Nothing is trusted: every buffer comes with its size, and is refused if rows and columns do not give the same.
-// EFX_WITH_AVX512 says that avx512.cpp is part of the build.
+// EFX_WITH_X86 says that avx512.cpp is part of the build.
 #include "bits.hpp"
 
 #define EFX_EXPORT extern "C" __attribute__((visibility("default")))
@@ -19,7 +19,7 @@ bool is_mask(int64_t size, int64_t rows, int64_t columns) {
 }
 
 const efx::Codec& codec() {
-#ifdef EFX_WITH_AVX512
+#ifdef EFX_WITH_X86
     static const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                    __builtin_cpu_supports("avx512vbmi2");
     if (has_avx512) return efx::avx512;

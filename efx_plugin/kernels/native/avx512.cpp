@@ -1,0 +1,40 @@
+// AVX-512 without VBMI2 or BF16 (Intel from Skylake-SP, and Ice Lake): words of 32 bits are expanded.
+#include <immintrin.h>
+
+#include "floats.hpp"
+
+namespace {
+
+struct Avx512 {
+    using Floats = __m512;
+    static constexpr int kTile = 8;
+    static constexpr int kTileBlocks = 3;
+    static constexpr int blocks(int m) { return m <= 4 ? 4 : m <= 6 ? 3 : 2; }
+
+    static Floats zero() { return _mm512_setzero_ps(); }
+    static Floats load(const float* from) { return _mm512_loadu_ps(from); }
+    EFX_INLINE static inline void store(float* to, Floats floats) { _mm512_storeu_ps(to, floats); }
+    EFX_INLINE static inline Floats multiply_add(Floats sum, Floats floats, float x) {
+        return _mm512_fmadd_ps(floats, _mm512_set1_ps(x), sum);
+    }
+    EFX_INLINE static inline void expand_pairs(uint32_t mask, const uint16_t* values, Floats* vectors) {
+        const __mmask16 low = static_cast<__mmask16>(mask), high = static_cast<__mmask16>(mask >> 16);
+        const __m512 upper_rows = expand(low, values);  // pairs of columns, rows 0 to 7
+        const __m512 lower_rows = expand(high, values + __builtin_popcount(low));
+        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+        vectors[0] = _mm512_permutex2var_ps(upper_rows, even, lower_rows);
+        vectors[1] = _mm512_permutex2var_ps(upper_rows, odd, lower_rows);
+    }
+
+   private:
+    EFX_INLINE static inline __m512 expand(__mmask16 mask, const uint16_t* values) {
+        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+        const __m512i floats = _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+        return _mm512_castsi512_ps(_mm512_maskz_expand_epi32(mask, floats));
+    }
+};
+
+}  // namespace
+
+const efx::Isa efx::avx512 = kFloatIsa<Avx512>;

@@ -1,0 +1,206 @@
+// AVX-512 with VBMI2, VNNI and BF16 (AMD from Zen 4, Intel from Sapphire Rapids): groups expand in one instruction into what
+// the dot products of two bfloat16 or four int8 take.
+#include <immintrin.h>
+
+#include "linear.hpp"
+#include "pack.hpp"
+
+namespace {
+
+struct Registers {  // what the dots here have in common: 32 registers of 512 bits
+    static constexpr int kTile = 8;
+    static constexpr int kTileBlocks = 3;
+    static constexpr bool kQuantized = false;
+    static constexpr int blocks(int m) { return m <= 4 ? 4 : 3; }
+};
+
+struct FloatSums : Registers {
+    using Vector = __m512i;
+    using Accumulator = __m512;
+    static Accumulator zero() { return _mm512_setzero_ps(); }
+    EFX_INLINE static inline void finish(Accumulator sum, float* floats, const int32_t*) {
+        _mm512_store_ps(floats, sum);
+    }
+};
+
+inline __m512i broadcast(const void* four_bytes) {
+    int32_t bits;
+    std::memcpy(&bits, four_bytes, 4);
+    return _mm512_set1_epi32(bits);
+}
+
+// bfloat16 times bfloat16.
+struct Bf16Bf16 : FloatSums {
+    using Mask = uint32_t;
+    using Value = uint16_t;
+    using Element = uint16_t;
+    static constexpr int kColumns = 2, kVectors = 1;
+
+    EFX_INLINE static inline void expand(Mask mask, const Value* values, Vector* vectors) {
+        vectors[0] = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values));
+    }
+    EFX_INLINE static inline Accumulator multiply(Accumulator sum, const Vector* vectors, const Element* x) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)vectors[0], (__m512bh)broadcast(x));
+    }
+};
+
+struct Int8Weight {
+    using Mask = uint64_t;
+    using Value = int8_t;
+    static constexpr int kColumns = 4;
+
+    EFX_INLINE static inline __m512i expand_bytes(Mask mask, const Value* values) {
+        return _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(values));
+    }
+    // Column c of the 16 rows.
+    template <int c>
+    EFX_INLINE static inline __m512 column(__m512i fours) {
+        return _mm512_cvtepi32_ps(_mm512_srai_epi32(c == 3 ? fours : _mm512_slli_epi32(fours, 24 - 8 * c), 24));
+    }
+};
+
+// int8 times bfloat16: every int8 is a bfloat16.
+struct Int8Bf16 : FloatSums, Int8Weight {
+    using Element = uint16_t;
+    static constexpr int kVectors = 2;
+
+    EFX_INLINE static inline void expand(Mask mask, const Value* values, Vector* vectors) {
+        const __m512i fours = expand_bytes(mask, values);
+        vectors[0] = pair(column<0>(fours), column<1>(fours));
+        vectors[1] = pair(column<2>(fours), column<3>(fours));
+    }
+    EFX_INLINE static inline Accumulator multiply(Accumulator sum, const Vector* vectors, const Element* x) {
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)vectors[0], (__m512bh)broadcast(x));
+        return _mm512_dpbf16_ps(sum, (__m512bh)vectors[1], (__m512bh)broadcast(x + 2));
+    }
+
+   private:
+    // The upper halves of both, which are all of a small integer.
+    EFX_INLINE static inline __m512i pair(__m512 even, __m512 odd) {
+        const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+        return _mm512_mask_blend_epi16(0xAAAAAAAA, low, _mm512_castps_si512(odd));
+    }
+};
+
+// int8 times int8, in integers. The instruction takes one side without a sign: activations are shifted by 128, which adds
+// 128 times the sum of the row's weights.
+struct Int8Int8 : Registers, Int8Weight {
+    using Element = uint8_t;
+    using Vector = __m512i;
+    using Accumulator = __m512i;
+    static constexpr int kVectors = 1;
+    static constexpr bool kQuantized = true;
+
+    static Accumulator zero() { return _mm512_setzero_si512(); }
+    static Element quantize(float x) { return static_cast<Element>(128 + nearest(x)); }
+    EFX_INLINE static inline void expand(Mask mask, const Value* values, Vector* vectors) {
+        vectors[0] = expand_bytes(mask, values);
+    }
+    EFX_INLINE static inline Accumulator multiply(Accumulator sum, const Vector* vectors, const Element* x) {
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(broadcast(x)), "v"(vectors[0]));  // the intrinsic costs copies
+        return sum;
+    }
+    EFX_INLINE static inline void finish(Accumulator sum, float* floats, const int32_t* sums) {
+        const __m512i shift = _mm512_slli_epi32(_mm512_loadu_si512(sums), 7);
+        _mm512_store_ps(floats, _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, shift)));
+    }
+};
+
+// Packing works on 16 rows of 64 bytes, whose transpose has a group in each row.
+struct Packer {
+    template <class Value>
+    static void transpose(const Value* weight, int64_t stride, int64_t rows, int64_t columns, __m512i* groups) {
+        __m512i v[16], t[16];
+        for (int i = 0; i < 16; i++) {
+            if (i >= rows) {
+                v[i] = _mm512_setzero_si512();
+            } else if constexpr (sizeof(Value) == 2) {
+                v[i] = _mm512_maskz_loadu_epi16(columns < 32 ? (1u << columns) - 1 : ~0u, weight + i * stride);
+            } else {
+                v[i] = _mm512_maskz_loadu_epi8(columns < 64 ? (uint64_t{1} << columns) - 1 : ~uint64_t{0},
+                                               weight + i * stride);
+            }
+        }
+        for (int i = 0; i < 16; i += 2) {
+            t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+            t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+        }
+        for (int i = 0; i < 16; i += 4) {
+            v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+            v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+            v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+            v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+        }
+        for (int i = 0; i < 4; i++) {
+            t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+            t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xDD);
+            t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+            t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xDD);
+        }
+        for (int i = 0; i < 8; i++) {
+            groups[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+            groups[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
+        }
+    }
+
+    static uint32_t compress(__m512i group, uint16_t* to) {
+        const uint32_t mask = _mm512_test_epi16_mask(group, _mm512_set1_epi16(0x7FFF));
+        const int n = __builtin_popcount(mask);
+        _mm512_mask_storeu_epi16(to, n < 32 ? (1u << n) - 1 : ~0u, _mm512_maskz_compress_epi16(mask, group));
+        return mask;
+    }
+
+    static uint64_t compress(__m512i group, int8_t* to) {
+        const uint64_t mask = _mm512_test_epi8_mask(group, group);
+        const int n = __builtin_popcountll(mask);
+        _mm512_mask_storeu_epi8(to, n < 64 ? (uint64_t{1} << n) - 1 : ~uint64_t{0},
+                                _mm512_maskz_compress_epi8(mask, group));
+        return mask;
+    }
+
+    static __m512i add_sums(__m512i sums, __m512i group) {
+        return _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), group);
+    }
+};
+
+template <class Value, class Mask>
+void pack_vectors(const efx::Dense& dense, const efx::Header& header, int64_t block, Mask* masks, Value* values,
+                  int32_t* sums) {
+    constexpr int64_t kStep = 64 / sizeof(Value);  // columns
+    const int64_t first = block * kBlock;
+    const int64_t rows = dense.rows - first < kBlock ? dense.rows - first : kBlock;
+    const Value* weight = static_cast<const Value*>(dense.weight) + first * dense.columns;
+    __m512i total = _mm512_setzero_si512();
+    for (int64_t group = 0; group < header.groups; group += 16) {
+        const int64_t column = group / 16 * kStep;
+        const int64_t n = header.groups - group < 16 ? header.groups - group : 16;
+        __m512i groups[16];
+        Packer::transpose(weight + column, dense.columns, rows, dense.columns - column, groups);
+        for (int64_t i = 0; i < n; i++) {
+            masks[group + i] = Packer::compress(groups[i], values);
+            values += __builtin_popcountll(masks[group + i]);
+            if (sums) total = Packer::add_sums(total, groups[i]);
+        }
+    }
+    if (sums) _mm512_storeu_si512(sums, total);
+}
+
+void pack_vector_block(const efx::Dense& dense, const efx::Header& header, int64_t block, void* masks, void* values,
+                       int32_t* sums) {
+    if (header.kind == efx::kBf16) {
+        pack_vectors(dense, header, block, static_cast<uint32_t*>(masks), static_cast<uint16_t*>(values), sums);
+    } else {
+        pack_vectors(dense, header, block, static_cast<uint64_t*>(masks), static_cast<int8_t*>(values), sums);
+    }
+}
+
+int64_t linear(const efx::Call& call) {
+    const int64_t kind = call.weight.header->kind;
+    if (kind == efx::kInt8Dynamic) return Linear<Int8Int8>::run(call);
+    if (call.type == efx::kTypeFp32) return efx::avx512.linear(call);  // nothing here helps with those
+    return kind == efx::kBf16 ? Linear<Bf16Bf16>::run(call) : Linear<Int8Bf16>::run(call);
+}
+
+}  // namespace
+
+const efx::Isa efx::avx512_bf16{linear, count_block, pack_vector_block};

@@ -1,0 +1,171 @@
+// The C interface that native/__init__.py calls, and the choice of an instruction set at run time.
+//
+// EFX_WITH_X86 says that the files for x86-64 are part of the build.
+#include <omp.h>
+
+#include <cstring>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "layout.hpp"
+
+#define EFX_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+struct Named {
+    const char* name;
+    const efx::Isa* isa;
+    bool is_supported;
+};
+
+// From the best to the one that runs everywhere.
+const Named* isas(int* count) {
+#ifdef EFX_WITH_X86
+    static const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    static const Named all[] = {
+        {"avx512_bf16", &efx::avx512_bf16,
+         has_avx512 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") &&
+             __builtin_cpu_supports("avx512bf16")},
+        {"avx512", &efx::avx512, has_avx512},
+        {"avx2", &efx::avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+        {"portable", &efx::portable, true},
+    };
+#else
+    static const Named all[] = {{"portable", &efx::portable, true}};
+#endif
+    *count = sizeof all / sizeof *all;
+    return all;
+}
+
+const efx::Isa* supported_isa(int64_t index) {
+    int count;
+    const Named* all = isas(&count);
+    return index >= 0 && index < count && all[index].is_supported ? all[index].isa : nullptr;
+}
+
+int64_t align(int64_t bytes) { return (bytes + efx::kAlign - 1) / efx::kAlign * efx::kAlign; }
+
+bool is_kind(int64_t kind) { return kind >= efx::kBf16 && kind <= efx::kInt8Dynamic; }
+
+// The whole layout follows from these four numbers, which is how a buffer is checked.
+efx::Header plan(int64_t kind, int64_t rows, int64_t columns, int64_t values) {
+    const int64_t per_group = efx::group_columns(kind), value_size = 4 / per_group;
+    efx::Header header{};
+    header.magic = efx::kMagic, header.kind = kind;
+    header.rows = rows, header.columns = columns, header.values = values;
+    header.blocks = (rows + efx::kBlock - 1) / efx::kBlock;
+    header.groups = ((columns + per_group - 1) / per_group + efx::kGroupPad - 1) / efx::kGroupPad * efx::kGroupPad;
+    header.scales_at = align(sizeof(efx::Header));
+    header.sums_at = header.scales_at + (kind == efx::kBf16 ? 0 : align(4 * efx::kBlock * header.blocks));
+    header.offsets_at = header.sums_at + (kind == efx::kInt8Dynamic ? align(4 * efx::kBlock * header.blocks) : 0);
+    header.masks_at = header.offsets_at + align(8 * (header.blocks + 1));
+    // 4 bits of mask per byte of weight in a group, 16 rows
+    header.values_at = header.masks_at + align(2 * per_group * header.blocks * header.groups);
+    header.size = header.values_at + align(values * value_size) + 64;
+    return header;
+}
+
+bool is_packed(const void* buffer, int64_t size) {
+    efx::Header header;
+    if (size < static_cast<int64_t>(sizeof header) || reinterpret_cast<uintptr_t>(buffer) % 8) return false;
+    std::memcpy(&header, buffer, sizeof header);
+    if (header.magic != efx::kMagic || !is_kind(header.kind) || header.size != size) return false;
+    const efx::Header expected = plan(header.kind, header.rows, header.columns, header.values);
+    return std::memcmp(&header, &expected, sizeof header) == 0;
+}
+
+bool is_size(int64_t rows, int64_t columns) {
+    return rows > 0 && columns > 0 && rows < int64_t{1} << 31 && columns < int64_t{1} << 31 &&
+           rows * columns < int64_t{1} << 40;
+}
+
+// Streaming through huge pages spares misses of the address cache.
+void use_huge_pages(char* begin, int64_t size) {
+#ifdef __linux__
+    constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kHugePage - 1) / kHugePage * kHugePage;
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + size) / kHugePage * kHugePage;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
+
+// Names of the instruction sets of this build, best first, by index; null beyond the last.
+EFX_EXPORT const char* efx_isa_name(int64_t index) {
+    int count;
+    const Named* all = isas(&count);
+    return index >= 0 && index < count ? all[index].name : nullptr;
+}
+
+// 1 if this processor has the instruction set.
+EFX_EXPORT int64_t efx_isa_supported(int64_t index) { return supported_isa(index) != nullptr; }
+
+// The size in bytes of the buffer for a weight [rows, columns], row-major.
+EFX_EXPORT int64_t efx_packed_size(int64_t isa_index, int64_t kind, const void* weight, int64_t rows, int64_t columns,
+                                   int64_t threads) {
+    const efx::Isa* isa = supported_isa(isa_index);
+    if (!isa) return efx::kUnsupported;
+    if (!is_kind(kind)) return efx::kArguments;
+    if (!is_size(rows, columns) || threads < 1) return efx::kSizes;
+    const efx::Dense dense{weight, rows, columns};
+    const int64_t blocks = (rows + efx::kBlock - 1) / efx::kBlock;
+    int64_t values = 0;
+#pragma omp parallel for schedule(static) reduction(+ : values) num_threads(threads)
+    for (int64_t block = 0; block < blocks; block++) values += isa->count(dense, kind, block);
+    return plan(kind, rows, columns, values).size;
+}
+
+// Pack into a buffer of that size. `scales` [rows] belong to int8.
+EFX_EXPORT int64_t efx_pack(int64_t isa_index, int64_t kind, const void* weight, int64_t rows, int64_t columns,
+                            const float* scales, void* buffer, int64_t size, int64_t threads) {
+    const efx::Isa* isa = supported_isa(isa_index);
+    if (!isa) return efx::kUnsupported;
+    if (!is_kind(kind) || (kind != efx::kBf16) != (scales != nullptr)) return efx::kArguments;
+    if (!is_size(rows, columns) || threads < 1) return efx::kSizes;
+    const efx::Dense dense{weight, rows, columns};
+    const int64_t value_size = 4 / efx::group_columns(kind), mask_size = 2 * efx::group_columns(kind);
+    efx::Header header = plan(kind, rows, columns, 0);
+    const int64_t room = (size - header.size) / value_size;  // for all values, with what rounding up adds
+    if (room < 0) return efx::kSizes;
+    char* base = static_cast<char*>(buffer);
+    use_huge_pages(base, size);
+    auto* offsets = reinterpret_cast<int64_t*>(base + header.offsets_at);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t block = 0; block < header.blocks; block++) offsets[block + 1] = isa->count(dense, kind, block);
+    offsets[0] = 0;
+    for (int64_t block = 0; block < header.blocks; block++) offsets[block + 1] += offsets[block];
+    header = plan(kind, rows, columns, offsets[header.blocks]);
+    if (header.size != size) return efx::kSizes;
+    std::memcpy(base, &header, sizeof header);
+    if (scales) {
+        auto* padded = reinterpret_cast<float*>(base + header.scales_at);
+        std::memset(padded, 0, 4 * efx::kBlock * header.blocks);
+        std::memcpy(padded, scales, 4 * rows);
+    }
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t block = 0; block < header.blocks; block++) {
+        int32_t* sums = kind == efx::kInt8Dynamic ? reinterpret_cast<int32_t*>(base + header.sums_at) : nullptr;
+        isa->pack(dense, header, block, base + header.masks_at + block * header.groups * mask_size,
+                  base + header.values_at + offsets[block] * value_size, sums ? sums + block * efx::kBlock : nullptr);
+    }
+    std::memset(base + header.values_at + header.values * value_size, 0,
+                size - header.values_at - header.values * value_size);
+    return efx::kOk;
+}
+
+// y [m, rows] = x [m, columns] times the packed weight, plus bias [rows] unless null; see layout.hpp.
+EFX_EXPORT int64_t efx_linear(int64_t isa_index, const void* buffer, int64_t size, const void* x, int64_t type,
+                              int64_t m, int64_t columns, const void* bias, void* y, int64_t rows, int64_t threads) {
+    const efx::Isa* isa = supported_isa(isa_index);
+    if (!isa) return efx::kUnsupported;
+    if (type != efx::kTypeBf16 && type != efx::kTypeFp32) return efx::kArguments;
+    if (!is_packed(buffer, size) || m < 0 || threads < 1) return efx::kSizes;
+    const efx::Weight weight{static_cast<const efx::Header*>(buffer), static_cast<const char*>(buffer)};
+    if (weight.header->rows != rows || weight.header->columns != columns) return efx::kSizes;
+    return isa->linear({weight, static_cast<efx::Type>(type), x, m, bias, y, static_cast<int>(threads)});
+}

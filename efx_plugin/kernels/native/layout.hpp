@@ -1,0 +1,108 @@
+// A packed sparse weight: one buffer that every instruction set reads.
+//
+// The weight W [rows, columns] is cut into blocks of 16 rows, and a block into groups of adjacent columns: 2 for values of
+// 16 bits, 4 for values of 8, so that a group of one row fills 32 bits and a group of 16 rows one vector of 512 bits. A
+// group has one bit per weight, in the order row by row, and its non-zeros follow those of the group before. Expanded
+// under its mask, a group is what the dot-product instructions take: a product with one activation per column, the same
+// for all lanes, adds to 16 rows at once.
+//
+//   Header
+//   scales   float [16 * blocks]         of int8 rows, 0 beyond the last row (only for int8)
+//   sums     int32 [16 * blocks]         of the values of each row (only for int8 with quantized activations)
+//   offsets  int64 [blocks + 1]          where each block's values begin, in values
+//   masks    uint32 or uint64 [blocks * groups]
+//   values   uint16 or int8 [values]     and 64 bytes of slack, for vectors are loaded whole
+//
+// All sections begin at multiples of 64 bytes. Nothing in the buffer is an address, so it may be copied.
+#pragma once
+
+#include <cstdint>
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "groups are read as integers, lowest row first");
+
+namespace efx {
+
+constexpr int64_t kBlock = 16;      // rows
+constexpr int64_t kGroupPad = 4;    // groups per block are a multiple of it; the added ones are empty
+constexpr int64_t kAlign = 64;      // bytes
+constexpr int64_t kMagic = 0x3130'5053'5846'45;  // "EFXSP01"
+
+enum Kind : int64_t {
+    kBf16 = 0,
+    kInt8 = 1,         // activations stay as they are
+    kInt8Dynamic = 2,  // activations are quantized per row: x = scale * int8 with scale = max |x| / 127
+};
+
+enum Type : int64_t { kTypeBf16 = 0, kTypeFp32 = 1 };  // of activations, bias and result
+
+// What goes wrong, as the functions of entry.cpp return it; see native/__init__.py.
+enum Status : int64_t {
+    kOk = 0,
+    kSizes = -1,        // the sizes disagree with each other or with the buffer
+    kArguments = -2,    // an unknown kind or type
+    kUnsupported = -3,  // this processor, or this build, lacks the instructions
+    kMemory = -4,
+};
+
+struct Header {
+    int64_t magic, kind, rows, columns, blocks, groups, values;
+    int64_t scales_at, sums_at, offsets_at, masks_at, values_at, size;  // bytes from the start of the buffer
+};
+
+inline int64_t group_columns(int64_t kind) { return kind == kBf16 ? 2 : 4; }
+
+// The weight of a buffer: its header, and where its sections are.
+struct Weight {
+    const Header* header;
+    const char* base;
+
+    const float* scales() const { return header->kind == kBf16 ? nullptr : at<float>(header->scales_at); }
+    const int32_t* sums() const { return at<int32_t>(header->sums_at); }
+    const int64_t* offsets() const { return at<int64_t>(header->offsets_at); }
+    template <class Mask>
+    const Mask* masks() const {
+        return at<Mask>(header->masks_at);
+    }
+    template <class Value>
+    const Value* values() const {
+        return at<Value>(header->values_at);
+    }
+
+   private:
+    template <class T>
+    const T* at(int64_t offset) const {
+        return reinterpret_cast<const T*>(base + offset);
+    }
+};
+
+// y [m, rows] = x [m, columns] times the weight, plus bias [rows] if there is one; all row-major, of one type.
+struct Call {
+    Weight weight;
+    Type type;
+    const void* x;
+    int64_t m;
+    const void* bias;  // or null
+    void* y;
+    int threads;
+};
+
+// A dense weight to pack: bfloat16 or int8, row-major, in this thread's share of blocks.
+struct Dense {
+    const void* weight;
+    int64_t rows, columns;
+};
+
+// One instruction set.
+struct Isa {
+    int64_t (*linear)(const Call&);
+    // Values under the mask of a block, and the masks and values themselves.
+    int64_t (*count)(const Dense&, int64_t kind, int64_t block);
+    void (*pack)(const Dense&, const Header&, int64_t block, void* masks, void* values, int32_t* sums);
+};
+
+extern const Isa portable;
+extern const Isa avx2;         // AVX2, FMA
+extern const Isa avx512;       // AVX512F, BW, DQ, VL
+extern const Isa avx512_bf16;  // and VBMI2, VNNI, BF16
+
+}  // namespace efx

@@ -1,0 +1,101 @@
+"""The benchmarks of serving measure what they say, on a tiny model and a small layer; their times mean nothing here."""
+
+import json
+import os
+import sys
+
+import psutil
+import pytest
+import torch
+
+from efx_plugin.errors import EfxError
+from integration.benchmarks import kernels, serve, timing
+
+pytestmark = pytest.mark.serving
+
+TINY = serve.MODEL | {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def test_engines_and_loading(tmp_path):
+    output = tmp_path / "serve.json"
+    report = serve.bench(
+        tmp_path / "model", TINY, output, eager=True, batches=(1, 3), prefill_tokens=64, rounds=2, loads=1
+    )
+    assert json.loads(output.read_text()) == report
+    assert report["decode"].keys() == {"1", "3"}
+    assert report["spread"].keys() == {"1", "3", "prefill", "load_time"}
+    assert report["versions"].keys() == {"efx-plugin", "vllm", "torch"}
+    ratios = [*report["decode"].values(), report["prefill"], report["load_time"], report["weight_bytes"]]
+    assert all(0.01 < ratio < 100 for ratio in ratios)
+    assert report["operator"] != "dense"
+    head = 320 * 128
+    linears = 2 * (128 * 128 * 2 + 128 * 64 * 2 + 128 * 192 * 3)
+    assert report["ratio_by_bytes"] == pytest.approx((linears + head) / (report["weight_bytes"] * linears + head))
+    assert not psutil.Process().children()
+
+
+@pytest.mark.parametrize("fails", ["input(); sys.exit('out of memory')", "sys.exit('out of memory')"])
+def test_a_process_that_fails_is_named_with_its_log(tmp_path, fails):
+    command = [sys.executable, "-c", f"import sys; print('ready', flush=True); {fails}"]
+    with (
+        pytest.raises(RuntimeError, match=r"the engine stopped: its message is in .*engine\.log"),
+        open(tmp_path / "engine.log", "w") as log,
+        timing.process("the engine", command, os.environ, log) as (ask, pid),
+    ):
+        if "input" not in fails:
+            psutil.wait_procs([psutil.Process(pid)], timeout=10)
+        ask("{}")
+    assert "out of memory" in (tmp_path / "engine.log").read_text()
+
+
+def test_interleaving_alternates_what_goes_first():
+    order = []
+    seconds = timing.interleave({name: lambda name=name: order.append(name) or len(order) for name in "ab"}, 3)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert seconds == {"a": [1, 4, 5], "b": [2, 3, 6]}
+    assert timing.ratio(seconds["a"], seconds["b"]) == 6 / 5
+
+
+def test_kernels(tmp_path, monkeypatch):
+    monkeypatch.setenv("EFX_KERNEL", "reference")
+    monkeypatch.setattr(kernels, "SECONDS", 0.1)
+    to_measure = kernels.cases([(1024, 512)], [0.4])
+    kernels.run(to_measure, [1, 8], tmp_path / "kernels")
+    assert (tmp_path / "kernels.png").stat().st_size > 1000
+    records = json.loads((tmp_path / "kernels.json").read_text())
+    for record, m in zip(records, [1, 8], strict=True):
+        case = {"n": 1024, "k": 512, "m": m, "sparsity": 0.4, "structure": "unstructured", "dtype": "bf16"}
+        assert record | case == record
+        assert {"isa", "threads", "ratio", "bytes_ratio", "spread", "gb_per_s", "fraction_of_limit"} < record.keys()
+        assert 0.01 < record["ratio"] < 100
+        # Both sides of a ratio read the same number of weights.
+        dense_over_ours = record["dense_gb_per_s"] / record["gb_per_s"] * record["bytes_ratio"]
+        assert dense_over_ours == pytest.approx(record["ratio"], rel=0.5)
+
+
+def test_a_kernel_that_computes_something_else_is_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("EFX_KERNEL", "reference")
+    monkeypatch.setattr(
+        kernels,
+        "sparse_linear",
+        lambda x, packed: (
+            1.1 * torch.ops.efx.sparse_linear(x, packed.tensors, None, packed.out_features, packed.kernel)
+        ),
+    )
+    with pytest.raises(EfxError, match=r"off by 0\.1.* of oneDNN's with 1 tokens"):
+        next(kernels.measure(kernels.Case(1024, 512, 0.4, "unstructured", "bf16"), [1]))
+
+
+@pytest.mark.parametrize("case", kernels.cases([(64, 96)], [0.4, 0.5]))
+def test_weights_are_as_sparse_as_they_say(case):
+    weight = kernels.make_weight(case)
+    assert (weight == 0).float().mean().item() == pytest.approx(case.sparsity, abs=0.03)
+    if case.structure == "2:4":
+        assert ((weight.view(-1, 4) != 0).sum(1) == 2).all()
