@@ -77,8 +77,8 @@ setup(
         library(
             "efx_plugin.kernels.native._linear",
             KERNELS,
-            ["entry.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp", "avx512_bf16.cpp"],
-            ["floats.hpp", "layout.hpp", "linear.hpp", "pack.hpp"],
+            ["binding.cpp", "entry.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp", "avx512_bf16.cpp"],
+            ["entry.hpp", "floats.hpp", "layout.hpp", "linear.hpp", "pack.hpp"],
             flags=["-fopenmp"],
         ),
     ],

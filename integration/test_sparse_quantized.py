@@ -321,4 +321,4 @@ def test_the_public_name_saves_a_quantized_model_too(source, tmp_path):
     assert_same(before, model.state_dict())  # it is the caller's, and is left alone
     card = (tmp_path / "sparse" / "README.md").read_text()
     assert "They are quantized (8-bit float, `float-quantized`)" in card
-    assert 'structure="dense"' in card and "from_pretrained" not in card
+    assert "--structure dense" in card and "from_pretrained" not in card

@@ -9,9 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efx_plugin.errors import EfxError
-from efx_plugin.kernels import PackedWeight, kernel_summary, pack, sparse_linear
+from efx_plugin.kernels import PackedWeight, choice, kernel_summary, native, pack, sparse_linear
 
+KERNELS = [*(kernel.name for kernel in native.kernels().values() if kernel.is_supported), choice.REFERENCE]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+
+@pytest.fixture(params=[KERNELS[0], choice.REFERENCE])
+def kernel(request, monkeypatch) -> str:
+    """The best kernel and the reference, forced in turn."""
+    monkeypatch.setenv("EFX_KERNEL", request.param)
+    return request.param
 
 
 def sparse_weight(rows: int, columns: int, density: float, dtype=torch.bfloat16, seed: int = 0) -> torch.Tensor:
@@ -57,9 +65,9 @@ def test_the_weight_is_expanded_at_packing_and_not_looked_at_again():
         assert torch.equal(sparse_linear(x, packed), before)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_survives_torch_compile_without_a_graph_break(dtype):
-    packed = pack(sparse_weight(40, 24, 0.5, dtype))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_survives_torch_compile_without_a_graph_break(kernel, dtype):
+    packed = pack(sparse_weight(40, 24, 0.5).to(dtype))
     bias = torch.randn(40).to(dtype)
 
     def layer(x):
@@ -71,24 +79,31 @@ def test_survives_torch_compile_without_a_graph_break(dtype):
         torch.testing.assert_close(compiled(x), layer(x))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "checks"),
-    [
-        (torch.float64, ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")),
-        # oneDNN's layout has no storage, which the other two look at.
-        (torch.bfloat16, ("test_aot_dispatch_dynamic",)),
-    ],
-)
 @pytest.mark.parametrize("shape", [(24,), (3, 24), (2, 3, 24)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_is_a_well_formed_operator(dtype, checks, shape, with_bias):
-    packed = pack(sparse_weight(40, 24, 0.5, dtype))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_is_a_well_formed_operator(dtype, shape, with_bias):
+    packed = pack(sparse_weight(40, 24, 0.5).to(dtype))
     bias = torch.randn(40).to(dtype) if with_bias else None
-    arguments = (torch.randn(*shape).to(dtype), list(packed.tensors), bias, packed.out_features, packed.kernel)
+    check_operator(torch.randn(*shape).to(dtype), packed, bias)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_reference_is_a_well_formed_operator(monkeypatch, with_bias):
+    monkeypatch.setenv("EFX_KERNEL", choice.REFERENCE)
+    packed = pack(sparse_weight(40, 24, 0.5))
+    check_operator(torch.randn(3, 24).bfloat16(), packed, torch.randn(40).bfloat16() if with_bias else None)
+
+
+def check_operator(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> None:
+    checks = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if any(tensor.is_mkldnn for tensor in packed.tensors):
+        checks = checks[2:]  # oneDNN's layout has no storage, which the other two look at
+    arguments = (x, list(packed.tensors), bias, packed.out_features, packed.kernel)
     torch.library.opcheck(torch.ops.efx.sparse_linear, arguments, test_utils=checks)
 
 
-def test_registering_again_in_the_same_process_is_harmless():
+def test_registering_again_in_the_same_process_is_harmless(kernel):
     script = (
         "import importlib, torch, efx_plugin.kernels.op as op; importlib.reload(op);"
         "print(op.sparse_linear(torch.ones(2, 4), op.pack(torch.eye(4))).tolist())"
@@ -97,18 +112,58 @@ def test_registering_again_in_the_same_process_is_harmless():
     assert result.stdout.strip() == str([[1.0] * 4] * 2)
 
 
-def test_a_packed_weight_says_what_it_is():
+def test_a_packed_weight_says_what_it_is(kernel):
     packed = pack(sparse_weight(5, 7, 0.5))
     assert isinstance(packed, PackedWeight)
     assert (packed.out_features, packed.in_features, packed.dtype) == (5, 7, torch.bfloat16)
-    assert packed.kernel == "reference"
-    assert "dense" in kernel_summary(packed)
+    assert packed.kernel == kernel
+    assert choice.find(kernel).summary in kernel_summary(packed)
 
 
-@pytest.mark.parametrize("weight", [torch.ones(4), torch.ones(2, 2, 2), torch.ones(4, 4, dtype=torch.int8)])
-def test_what_is_no_floating_point_matrix_is_refused(weight):
-    with pytest.raises(EfxError, match="must be a floating-point matrix"):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("quantize_activations", [False, True])
+def test_int8_weights_are_scaled_row_by_row(kernel, dtype, quantize_activations):
+    weight = torch.randint(-128, 128, (40, 24), dtype=torch.int8) * (torch.rand(40, 24) < 0.5)
+    scales, x, bias = torch.rand(40), torch.randn(3, 24).to(dtype), torch.randn(40).to(dtype)
+    packed = pack(weight, scales=scales, dtype=dtype, quantize_activations=quantize_activations)
+    activations = x.double()
+    if quantize_activations:
+        step = activations.abs().amax(-1, keepdim=True) / 127
+        activations = (activations / step).round() * step
+    expected = activations @ (scales[:, None] * weight).double().T + bias.double()
+    torch.testing.assert_close(sparse_linear(x, packed, bias), expected.to(dtype), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("weight", [torch.ones(4), torch.ones(2, 2, 2), torch.ones(4, 4, dtype=torch.int32)])
+def test_what_is_no_matrix_of_weights_is_refused(weight):
+    with pytest.raises(EfxError, match="must be a floating-point or int8 matrix"):
         pack(weight)
+
+
+INT8 = torch.ones(4, 6, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"dtype": torch.bfloat16},
+        {"scales": torch.ones(4)},
+        {"scales": torch.ones(6), "dtype": torch.bfloat16},
+        {"scales": torch.ones(4).double(), "dtype": torch.bfloat16},
+    ],
+)
+def test_int8_weights_without_what_they_need_are_refused(arguments):
+    with pytest.raises(EfxError, match="an int8 weight needs"):
+        pack(INT8, **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"scales": torch.ones(4)}, {"quantize_activations": True}, {"dtype": torch.bfloat16}]
+)
+def test_what_belongs_to_int8_is_refused_for_floats(arguments):
+    with pytest.raises(EfxError, match="belong to int8"):
+        pack(INT8.float(), **arguments)
 
 
 @pytest.mark.parametrize("x", [torch.ones(2, 9, dtype=torch.bfloat16), torch.ones(2, 8)])

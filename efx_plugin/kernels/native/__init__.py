@@ -1,13 +1,13 @@
 """The kernels compiled from the C++ files beside this one, one per instruction set; layout.hpp says what they pack.
 
-They are called through ctypes, which releases the GIL. A packed weight is one uint8 tensor, the same for all
+A call releases the GIL. A packed weight is one uint8 tensor, the same for all
 instruction sets, and read-only: several threads may use it at once.
 """
 
-import ctypes
+import math
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -21,18 +21,6 @@ _PROBLEMS = {  # `Status` in layout.hpp
 _KINDS = {"bf16": 0, "int8": 1, "int8_dynamic": 2}
 _TYPES = {torch.bfloat16: 0, torch.float32: 1}
 
-_SIZE, _POINTER = ctypes.c_int64, ctypes.c_void_p
-_FUNCTIONS = {
-    "efx_isa_name": (ctypes.c_char_p, [_SIZE]),
-    "efx_isa_supported": (_SIZE, [_SIZE]),
-    "efx_packed_size": (_SIZE, [_SIZE, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE]),
-    "efx_pack": (_SIZE, [_SIZE, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE]),
-    "efx_linear": (
-        _SIZE,
-        [_SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE],
-    ),
-}
-
 SUMMARIES = {
     "avx512_bf16": "non-zeros expanded in registers, AVX-512 dot products",
     "avx512": "non-zeros expanded in registers, AVX-512 without bfloat16 instructions",
@@ -42,44 +30,37 @@ SUMMARIES = {
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The compiled library, or None if the package was installed without a C++ compiler.
+def library() -> ModuleType | None:
+    """The compiled module, or None if the package was installed without a C++ compiler.
 
-    It is loaded after torch, whose OpenMP runtime, and so its threads, it shares.
+    It is imported after torch, whose OpenMP runtime, and so its threads, it shares.
     """
-    paths = (Path(__file__).with_name(f"_linear{suffix}") for suffix in EXTENSION_SUFFIXES)
-    path = next((path for path in paths if path.is_file()), None)
-    return None if path is None else declare(ctypes.CDLL(str(path)))
-
-
-def declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Tell ctypes the types of the library's functions."""
-    for name, (result, arguments) in _FUNCTIONS.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
+    try:
+        return import_module("efx_plugin.kernels.native._linear")
+    except ModuleNotFoundError:
+        return None
 
 
 class NativeKernel:
     """One instruction set.
 
     Args:
-        library: the compiled library.
-        index: the library's number of the instruction set.
+        library: the compiled module.
+        index: the module's number of the instruction set.
     """
 
-    def __init__(self, library: ctypes.CDLL, index: int) -> None:
+    def __init__(self, library: ModuleType, index: int) -> None:
         self.library = library
         self.index = index
-        self.name: str = library.efx_isa_name(index).decode()
+        self.name: str = library.efx_isa_name(index)
         self.is_supported = bool(library.efx_isa_supported(index))
         self.summary = SUMMARIES[self.name]
         self._linear = library.efx_linear
 
     def pack(self, weight: Tensor, scales: Tensor | None, quantize_activations: bool) -> tuple[Tensor]:
-        """Pack a weight [out, in] on the CPU, bfloat16 or int8 with `scales` float32 [out]: one uint8 tensor."""
+        """Pack a weight [out, in] on the CPU, bfloat16 values or int8 with `scales` float32 [out]: one uint8 tensor."""
         kind = _KINDS["bf16" if scales is None else "int8_dynamic" if quantize_activations else "int8"]
-        weight = weight.contiguous()
+        weight = (weight.bfloat16() if scales is None else weight).contiguous()
         threads = torch.get_num_threads()
         shape = (self.index, kind, weight.data_ptr(), *weight.shape)
         buffer = torch.empty(_succeed(self.library.efx_packed_size(*shape, threads)), dtype=torch.uint8)
@@ -90,26 +71,26 @@ class NativeKernel:
 
     def linear(self, x: Tensor, packed: list[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
         """x [..., in], bfloat16 or float32, times the packed weight, plus `bias` [out] of x's dtype if given."""
-        (buffer,) = packed
+        buffer = packed[0]
         if not x.is_contiguous():
             x = x.contiguous()
-        shape, dtype = x.shape, x.dtype
-        columns = shape[-1]
-        y = torch.empty((*shape[:-1], out_features), dtype=dtype)
-        pointer = None
+        *leading, columns = x.shape
+        y = x.new_empty((*leading, out_features))
+        bias_address = None
         if bias is not None:
-            if bias.dtype is not dtype or bias.numel() != out_features:
+            if bias.dtype is not x.dtype or bias.numel() != out_features:
                 raise ValueError(_PROBLEMS[-1])
-            pointer = bias.contiguous().data_ptr()
+            bias = bias.contiguous()
+            bias_address = bias.data_ptr()
         status = self._linear(
             self.index,
             buffer.data_ptr(),
             buffer.numel(),
             x.data_ptr(),
-            _TYPES[dtype],
-            y.numel() // out_features,
+            _TYPES[x.dtype],
+            leading[0] if len(leading) == 1 else math.prod(leading),
             columns,
-            pointer,
+            bias_address,
             y.data_ptr(),
             out_features,
             torch.get_num_threads(),

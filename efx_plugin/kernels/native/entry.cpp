@@ -1,4 +1,4 @@
-// The C interface that native/__init__.py calls, and the choice of an instruction set at run time.
+// The C interface, and the choice of an instruction set at run time.
 //
 // EFX_WITH_X86 says that the files for x86-64 are part of the build.
 #include <omp.h>
@@ -9,9 +9,8 @@
 #include <sys/mman.h>
 #endif
 
+#include "entry.hpp"
 #include "layout.hpp"
-
-#define EFX_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 
@@ -69,18 +68,20 @@ efx::Header plan(int64_t kind, int64_t rows, int64_t columns, int64_t values) {
     return header;
 }
 
+bool is_size(int64_t rows, int64_t columns) {
+    return rows > 0 && columns > 0 && rows < int64_t{1} << 31 && columns < int64_t{1} << 31 &&
+           rows * columns < int64_t{1} << 40;
+}
+
 bool is_packed(const void* buffer, int64_t size) {
     efx::Header header;
     if (size < static_cast<int64_t>(sizeof header) || reinterpret_cast<uintptr_t>(buffer) % 8) return false;
     std::memcpy(&header, buffer, sizeof header);
     if (header.magic != efx::kMagic || !is_kind(header.kind) || header.size != size) return false;
+    if (!is_size(header.rows, header.columns)) return false;
+    if (header.values < 0 || header.values > header.rows * header.columns) return false;
     const efx::Header expected = plan(header.kind, header.rows, header.columns, header.values);
     return std::memcmp(&header, &expected, sizeof header) == 0;
-}
-
-bool is_size(int64_t rows, int64_t columns) {
-    return rows > 0 && columns > 0 && rows < int64_t{1} << 31 && columns < int64_t{1} << 31 &&
-           rows * columns < int64_t{1} << 40;
 }
 
 // Streaming through huge pages spares misses of the address cache.
@@ -95,18 +96,15 @@ void use_huge_pages(char* begin, int64_t size) {
 
 }  // namespace
 
-// Names of the instruction sets of this build, best first, by index; null beyond the last.
-EFX_EXPORT const char* efx_isa_name(int64_t index) {
+const char* efx_isa_name(int64_t index) {
     int count;
     const Named* all = isas(&count);
     return index >= 0 && index < count ? all[index].name : nullptr;
 }
 
-// 1 if this processor has the instruction set.
-EFX_EXPORT int64_t efx_isa_supported(int64_t index) { return supported_isa(index) != nullptr; }
+int64_t efx_isa_supported(int64_t index) { return supported_isa(index) != nullptr; }
 
-// The size in bytes of the buffer for a weight [rows, columns], row-major.
-EFX_EXPORT int64_t efx_packed_size(int64_t isa_index, int64_t kind, const void* weight, int64_t rows, int64_t columns,
+int64_t efx_packed_size(int64_t isa_index, int64_t kind, const void* weight, int64_t rows, int64_t columns,
                                    int64_t threads) {
     const efx::Isa* isa = supported_isa(isa_index);
     if (!isa) return efx::kUnsupported;
@@ -120,8 +118,7 @@ EFX_EXPORT int64_t efx_packed_size(int64_t isa_index, int64_t kind, const void* 
     return plan(kind, rows, columns, values).size;
 }
 
-// Pack into a buffer of that size. `scales` [rows] belong to int8.
-EFX_EXPORT int64_t efx_pack(int64_t isa_index, int64_t kind, const void* weight, int64_t rows, int64_t columns,
+int64_t efx_pack(int64_t isa_index, int64_t kind, const void* weight, int64_t rows, int64_t columns,
                             const float* scales, void* buffer, int64_t size, int64_t threads) {
     const efx::Isa* isa = supported_isa(isa_index);
     if (!isa) return efx::kUnsupported;
@@ -130,36 +127,32 @@ EFX_EXPORT int64_t efx_pack(int64_t isa_index, int64_t kind, const void* weight,
     const efx::Dense dense{weight, rows, columns};
     const int64_t value_size = 4 / efx::group_columns(kind), mask_size = 2 * efx::group_columns(kind);
     efx::Header header = plan(kind, rows, columns, 0);
-    const int64_t room = (size - header.size) / value_size;  // for all values, with what rounding up adds
-    if (room < 0) return efx::kSizes;
+    if (size < header.size || reinterpret_cast<uintptr_t>(buffer) % 8) return efx::kSizes;
     char* base = static_cast<char*>(buffer);
     use_huge_pages(base, size);
+    std::memset(base, 0, header.masks_at);  // also what lies between the sections, and scales beyond the last row
     auto* offsets = reinterpret_cast<int64_t*>(base + header.offsets_at);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t block = 0; block < header.blocks; block++) offsets[block + 1] = isa->count(dense, kind, block);
-    offsets[0] = 0;
     for (int64_t block = 0; block < header.blocks; block++) offsets[block + 1] += offsets[block];
     header = plan(kind, rows, columns, offsets[header.blocks]);
     if (header.size != size) return efx::kSizes;
     std::memcpy(base, &header, sizeof header);
-    if (scales) {
-        auto* padded = reinterpret_cast<float*>(base + header.scales_at);
-        std::memset(padded, 0, 4 * efx::kBlock * header.blocks);
-        std::memcpy(padded, scales, 4 * rows);
-    }
+    if (scales) std::memcpy(base + header.scales_at, scales, 4 * rows);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t block = 0; block < header.blocks; block++) {
         int32_t* sums = kind == efx::kInt8Dynamic ? reinterpret_cast<int32_t*>(base + header.sums_at) : nullptr;
         isa->pack(dense, header, block, base + header.masks_at + block * header.groups * mask_size,
                   base + header.values_at + offsets[block] * value_size, sums ? sums + block * efx::kBlock : nullptr);
     }
+    const int64_t masks_end = header.masks_at + header.blocks * header.groups * mask_size;
+    std::memset(base + masks_end, 0, header.values_at - masks_end);
     std::memset(base + header.values_at + header.values * value_size, 0,
                 size - header.values_at - header.values * value_size);
     return efx::kOk;
 }
 
-// y [m, rows] = x [m, columns] times the packed weight, plus bias [rows] unless null; see layout.hpp.
-EFX_EXPORT int64_t efx_linear(int64_t isa_index, const void* buffer, int64_t size, const void* x, int64_t type,
+int64_t efx_linear(int64_t isa_index, const void* buffer, int64_t size, const void* x, int64_t type,
                               int64_t m, int64_t columns, const void* bias, void* y, int64_t rows, int64_t threads) {
     const efx::Isa* isa = supported_isa(isa_index);
     if (!isa) return efx::kUnsupported;
