@@ -29,7 +29,7 @@ bench-checkpoint: .venv/ready
 bench-kernels: .venv-serve/ready
 	.venv-serve/bin/python -m integration.benchmarks.kernels $(BENCH)
 
-# A random model of 1.1B parameters in two engines, 8 GB of memory, half an hour; writes build/bench/serve.json.
+# A random model of 1.1B parameters in two engines, 8 GB of memory, ten minutes; writes build/bench/serve.json.
 bench-serve: .venv-serve/ready
 	.venv-serve/bin/python -m integration.benchmarks.serve $(BENCH)
 

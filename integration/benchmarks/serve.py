@@ -63,8 +63,8 @@ BATCHES = (1, 8, 32)
 PROMPT_TOKENS = 32
 NEW_TOKENS = 48
 PREFILL_TOKENS = 1024
-ROUNDS = 7
-LOADS = 5
+ROUNDS = 5
+LOADS = 3
 # An engine that waits may take this share of one core, and these seconds to end what it did before: it slows the other.
 IDLE = 0.05
 IDLE_SECONDS = 0.1

@@ -11,6 +11,9 @@ struct Registers {  // what the dots here have in common: 32 registers of 512 bi
     static constexpr int kTile = 8;
     static constexpr int kTileBlocks = 3;
     static constexpr bool kQuantized = false;
+    EFX_INLINE static inline void round(const float* floats, uint16_t* bf16) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(bf16), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(floats)));
+    }
     static constexpr int blocks(int m) { return m <= 4 ? 4 : 3; }
 };
 

@@ -20,6 +20,9 @@ struct FloatDot : Simd {
     EFX_INLINE static inline void finish(const Accumulator& sum, float* floats, const int32_t*) {
         Simd::store(floats, sum);
     }
+    EFX_INLINE static inline void round(const float* floats, uint16_t* bf16) {
+        for (int i = 0; i < kBlock; i++) bf16[i] = to_bf16(floats[i]);
+    }
 };
 
 template <class Simd>

@@ -7,7 +7,8 @@
 //   Vector, Accumulator    16 rows
 //   expand(mask, values, vectors)            the group's vectors, from whole vectors of values
 //   multiply(accumulator, vectors, elements) add the products with one row of activations
-//   finish(accumulator, rows, sums)          16 floats
+//   finish(accumulator, floats, sums)        16 floats
+//   round(floats, bf16)                      and their roundings
 //   quantized              whether elements are int8 with a scale per row of activations
 //   kTile, kTileBlocks     rows of activations and blocks whose sums fill the registers
 //   blocks(m)              blocks whose sums fill the registers for m <= kTile rows of activations
@@ -59,15 +60,13 @@ inline float to_float(uint16_t bf16) {
 inline float to_float(float value) { return value; }
 
 // Round to nearest, ties to even; a NaN stays one.
-inline void round_to(float value, uint16_t* bf16) {
+inline uint16_t to_bf16(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
     const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
     const uint32_t quiet = bits >> 16 | 0x40;
-    *bf16 = static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? quiet : rounded);
+    return static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? quiet : rounded);
 }
-
-inline void round_to(float value, float* same) { *same = value; }
 
 // The nearest integer, ties to even, of a number between -2^22 and 2^22.
 inline int32_t nearest(float value) {
@@ -95,6 +94,7 @@ char* workspace(int64_t size) {
 }
 
 // Where results go, and what happens to the 16 floats of a block on their way.
+template <class Dot>
 struct Result {
     const efx::Call& call;
     int64_t first_row;      // rows of activations are counted from it
@@ -126,7 +126,11 @@ struct Result {
             for (int i = 0; i < n; i++) y[i] += to_float(bias[i]);
         }
         T rounded[kBlock];
-        for (int i = 0; i < kBlock; i++) round_to(y[i], &rounded[i]);
+        if constexpr (sizeof(T) == 2) {
+            Dot::round(y, rounded);
+        } else {
+            std::memcpy(rounded, y, sizeof rounded);
+        }
         T* to = static_cast<T*>(call.y) + (first_row + m) * rows + first;
         if (n == kBlock) {
             std::memcpy(to, rounded, sizeof rounded);
@@ -174,7 +178,7 @@ struct Linear {
     // memory are read faster than one.
     template <int M, int kBlocks>
     __attribute__((noinline)) static void direct(const efx::Weight& weight, const Element* x, int64_t block,
-                                                 int64_t stride, const Result& result) {
+                                                 int64_t stride, const Result<Dot>& result) {
         Accumulator sums[kBlocks][M];
         Stream streams[kBlocks];
         unroll<kBlocks>([&](auto b) EFX_INLINE {
@@ -187,7 +191,7 @@ struct Linear {
         });
     }
 
-    EFX_INLINE static inline void finish(const Accumulator& sum, int64_t block, const Result& result, int64_t m) {
+    EFX_INLINE static inline void finish(const Accumulator& sum, int64_t block, const Result<Dot>& result, int64_t m) {
         alignas(64) float floats[kBlock];
         const efx::Weight& weight = result.call.weight;
         Dot::finish(sum, floats, Dot::kQuantized ? weight.sums() + block * kBlock : nullptr);
@@ -196,7 +200,7 @@ struct Linear {
 
     template <int M>
     static void direct_share(const efx::Weight& weight, const Element* x, int64_t begin, int64_t end,
-                             const Result& result) {
+                             const Result<Dot>& result) {
         constexpr int kBlocks = Dot::blocks(M);
         const int64_t stride = (end - begin) / kBlocks;
         for (int64_t i = 0; i < stride; i++) direct<M, kBlocks>(weight, x, begin + i, stride, result);
@@ -289,7 +293,7 @@ struct Linear {
     // adjacent blocks.
     template <int kBlocks>
     static void panel_product(const efx::Weight& weight, const Element* x, int64_t m, int64_t block, Vector* panel,
-                              Accumulator* partials, const Result& result) {
+                              Accumulator* partials, const Result<Dot>& result) {
         const int64_t groups = weight.header->groups;
         const Tiles tiles{m};
         const int64_t chunk = tiles.chunk();
@@ -362,10 +366,14 @@ struct Linear {
         return to_float(value);
     }
 
-    static float inverse(float scale) { return scale > 0 ? 1 / scale : 0; }
+    // 0 also for a scale so small that its inverse is no number.
+    static float inverse(float scale) {
+        const float inverse = 1 / scale;
+        return inverse <= 0x1p127f ? inverse : 0;
+    }
 
     // Activations of rows [row, row + m), groups [begin, begin + n), to [n][m][kColumns].
-    static void pack_x(const Result& result, int64_t row, int64_t m, int64_t begin, int64_t n, Element* to) {
+    static void pack_x(const Result<Dot>& result, int64_t row, int64_t m, int64_t begin, int64_t n, Element* to) {
         const int64_t columns = result.call.weight.header->columns;
         const auto pack = [&](const auto* x, auto as_float) EFX_INLINE {
             using From = std::remove_cv_t<std::remove_reference_t<decltype(*x)>>;
@@ -425,7 +433,7 @@ struct Linear {
         if (bytes && !memory) return efx::kMemory;
         auto* packed_x = reinterpret_cast<Element*>(memory);
         auto* x_scales = reinterpret_cast<float*>(memory + x_bytes);
-        const Result result{call, first_row, Dot::kQuantized ? x_scales : nullptr};
+        const Result<Dot> result{call, first_row, Dot::kQuantized ? x_scales : nullptr};
 
 #pragma omp parallel num_threads(call.threads)
         {
