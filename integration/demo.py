@@ -23,6 +23,7 @@ from efx_plugin.checkpoint import linear_bytes, save_sparse
 from efx_plugin.model.adapters import merge_adapters
 from integration.assets import smollm2, splits, token_blocks
 from integration.expert import perplexity, train_lora
+from integration.serve_once import same_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "build" / "demo"
@@ -103,7 +104,6 @@ def main() -> None:
         with step(f"Serving the {kind} checkpoint in vLLM"):
             served[kind] = serve(OUTPUT / f"expert-{kind}", prompts)
 
-    tokens = {kind: [output["token_ids"] for output in served[kind]["outputs"]] for kind in served}
     report = {
         "model": MODEL,
         "corpus": CORPUS,
@@ -113,7 +113,7 @@ def main() -> None:
         "retention": ppl["lora"] / ppl["expert"],
         "disk_bytes": disk,
         "served": {
-            "tokens_equal": tokens["dense"] == tokens["sparse"],
+            "tokens_equal": same_tokens(served["dense"], served["sparse"]),
             "operator": served["sparse"]["operator"],
             "tokens_per_second": {kind: served[kind]["tokens_per_second"] for kind in served},
         },
@@ -203,7 +203,7 @@ def show(report: dict, tokenizer: PreTrainedTokenizerBase, prompts: list[list[in
     console.print(
         f"Against Wanda {1 - ppl['expert'] / ppl['wanda']:.1%} and against SparseGPT "
         f"{1 - ppl['expert'] / ppl['sparsegpt']:.1%} lower perplexity; sparse linears take "
-        f"{disk['sparse'] / disk['dense']:.3f} of dense; tokens equal to the dense checkpoint's: "
+        f"{disk['sparse'] / disk['dense']:.3f} of dense; tokens equal to the dense checkpoint's, ties apart: "
         f"{served['tokens_equal']}; sparse operator: {served['operator']}; every decoder block "
         f"{report['block_sparsity']['min']:.4f} to {report['block_sparsity']['max']:.4f} zeros; "
         f"{report['seconds']:.0f} s in all."
