@@ -81,7 +81,7 @@ def _margin(logprobs: dict[int, Any]) -> float:
 
 
 def same_tokens(dense: dict[str, Any], sparse: dict[str, Any]) -> bool:
-    """Whether two results of `serve` agree for every prompt, token by token, until the dense model hardly prefers its own.
+    """Whether two results of `serve` agree for every prompt, token by token, up to what the dense model hardly prefers.
 
     Kernels sum in different orders, which may change a logit by its last bit: bfloat16 logits from 16 to 32 are 0.125
     apart. So two that are within two such steps may swap, and what follows is another text.
