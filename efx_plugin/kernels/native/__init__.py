@@ -1,7 +1,7 @@
 """The kernels compiled from the C++ files beside this one, one per instruction set; layout.hpp says what they pack.
 
-A call releases the GIL. A packed weight is one uint8 tensor, the same for all
-instruction sets, and read-only: several threads may use it at once.
+A call releases the GIL. A packed weight is one uint8 tensor, the same for all instruction sets, and read-only: several
+threads may use it at once.
 """
 
 import math

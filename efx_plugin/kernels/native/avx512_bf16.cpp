@@ -66,6 +66,8 @@ struct Int8Weight {
 struct Int8Bf16 : FloatSums, Int8Weight {
     using Element = uint16_t;
     static constexpr int kVectors = 2;
+    static constexpr int kTileBlocks = 2;
+    static constexpr int blocks(int m) { return m <= 4 ? 3 : 2; }
 
     EFX_INLINE static inline void expand(Mask mask, const Value* values, Vector* vectors) {
         const __m512i fours = expand_bytes(mask, values);

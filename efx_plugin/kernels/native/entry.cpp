@@ -105,7 +105,7 @@ const char* efx_isa_name(int64_t index) {
 int64_t efx_isa_supported(int64_t index) { return supported_isa(index) != nullptr; }
 
 int64_t efx_packed_size(int64_t isa_index, int64_t kind, const void* weight, int64_t rows, int64_t columns,
-                                   int64_t threads) {
+                        int64_t threads) {
     const efx::Isa* isa = supported_isa(isa_index);
     if (!isa) return efx::kUnsupported;
     if (!is_kind(kind)) return efx::kArguments;
@@ -119,7 +119,7 @@ int64_t efx_packed_size(int64_t isa_index, int64_t kind, const void* weight, int
 }
 
 int64_t efx_pack(int64_t isa_index, int64_t kind, const void* weight, int64_t rows, int64_t columns,
-                            const float* scales, void* buffer, int64_t size, int64_t threads) {
+                 const float* scales, void* buffer, int64_t size, int64_t threads) {
     const efx::Isa* isa = supported_isa(isa_index);
     if (!isa) return efx::kUnsupported;
     if (!is_kind(kind) || (kind != efx::kBf16) != (scales != nullptr)) return efx::kArguments;
@@ -153,7 +153,7 @@ int64_t efx_pack(int64_t isa_index, int64_t kind, const void* weight, int64_t ro
 }
 
 int64_t efx_linear(int64_t isa_index, const void* buffer, int64_t size, const void* x, int64_t type,
-                              int64_t m, int64_t columns, const void* bias, void* y, int64_t rows, int64_t threads) {
+                   int64_t m, int64_t columns, const void* bias, void* y, int64_t rows, int64_t threads) {
     const efx::Isa* isa = supported_isa(isa_index);
     if (!isa) return efx::kUnsupported;
     if (type != efx::kTypeBf16 && type != efx::kTypeFp32) return efx::kArguments;

@@ -10,8 +10,8 @@
 //   finish(accumulator, floats, sums)        16 floats
 //   round(floats, bf16)                      and their roundings
 //   quantized              whether elements are int8 with a scale per row of activations
-//   kTile, kTileBlocks     rows of activations and blocks whose sums fill the registers
-//   blocks(m)              blocks whose sums fill the registers for m <= kTile rows of activations
+//   kTile, kTileBlocks     rows of activations and blocks whose sums fill the registers, beside the vectors of two groups
+//   blocks(m)              such blocks for m <= kTile rows of activations
 //
 // Up to kTile rows of activations the weight is expanded in registers, straight into the products: the speed is that
 // of reading it. Beyond, 256 columns of a few blocks at a time are expanded into the first-level cache too, and serve all
@@ -151,8 +151,8 @@ struct Linear {
     static constexpr int kColumns = Dot::kColumns;
     static constexpr int kVectors = Dot::kVectors;
     static constexpr int64_t kChunk = 128 / kVectors;  // groups expanded at a time
-    static constexpr int64_t kRowsAtOnce = 512;              // of activations, which bounds the workspace
-    static constexpr int64_t kAhead = 2048;                  // bytes of values to prefetch ahead
+    static constexpr int64_t kRowsAtOnce = 512;        // of activations, which bounds the workspace
+    static constexpr int64_t kAhead = 2048;            // bytes of values to prefetch ahead
 
     struct Stream {
         const Mask* masks;
