@@ -48,6 +48,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from efx_plugin.checkpoint import save_sparse
 from efx_plugin.errors import EfxError
 from integration.assets import make_once, smollm2
+from integration.benchmarks.timing import OUTPUT, write_json
 
 BUILD = Path(__file__).resolve().parent.parent / "build"
 GROWTH = 0.02  # of the resident memory in the second half of the load, at most
@@ -572,11 +573,7 @@ def main() -> None:
         sys.exit(f"load test: {error}")
     report = {"model": str(model), **report}
     show(report, console)
-    output = BUILD / "bench" / "load.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_suffix(".partial")
-    partial.write_text(json.dumps(report, indent=2) + "\n")
-    partial.replace(output)
+    write_json(OUTPUT / "load.json", report)
     sys.exit(1 if report["violations"] else 0)
 
 

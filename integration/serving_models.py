@@ -153,6 +153,14 @@ def assert_varied(tokens: list[list[int]]) -> None:
     assert min(len(set(one)) for one in tokens) > 3, tokens
 
 
+def dense_tokens(directory: Path) -> list[list[int]]:
+    """Tokens after each of `PROMPTS`, of a checkpoint in which nothing is sparse."""
+    tokens, kernels = serve(directory)
+    assert kernels == []
+    assert_varied(tokens)
+    return tokens
+
+
 def serve_once(
     directory: Path, prompts: list, *options: str, **environment: str
 ) -> tuple[subprocess.CompletedProcess, dict | None]:

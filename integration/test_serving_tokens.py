@@ -13,6 +13,7 @@ from integration.serving_models import (
     ARCHITECTURES,
     PROMPTS,
     assert_varied,
+    dense_tokens,
     engine,
     greedy,
     kernel,
@@ -34,10 +35,7 @@ def llama(tmp_path_factory):
 @pytest.fixture(scope="module")
 def llama_tokens(llama):
     """Of the dense checkpoint."""
-    tokens, kernels = serve(llama / "dense")
-    assert kernels == []
-    assert_varied(tokens)
-    return tokens
+    return dense_tokens(llama / "dense")
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,7 @@
 #include <string>
 #include <vector>
 
-extern "C" {
-int64_t efx_packed_size(int64_t, int64_t, const void*, int64_t, int64_t, int64_t);
-int64_t efx_pack(int64_t, int64_t, const void*, int64_t, int64_t, const float*, void*, int64_t, int64_t);
-int64_t efx_linear(int64_t, const void*, int64_t, const void*, int64_t, int64_t, int64_t, const void*, void*, int64_t,
-                   int64_t);
-}
+#include "entry.hpp"
 
 namespace {
 

@@ -1,5 +1,7 @@
 """The best kernel that takes a weight is chosen, and the log says which, and why it is not a better one."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -13,6 +15,11 @@ needs_library = pytest.mark.skipif(not SUPPORTED, reason="the kernels are not co
 @pytest.fixture(autouse=True)
 def nothing_is_forced(monkeypatch):
     monkeypatch.delenv("EFX_KERNEL", raising=False)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_library_is_there_where_a_compiler_is():
+    assert SUPPORTED, "g++ is there, so `pip install --editable .` should have built the kernels"
 
 
 def sparse_weight(dtype=torch.bfloat16) -> torch.Tensor:

@@ -339,7 +339,7 @@ def compile_replay(folder: Path) -> Path:
     Arrays on the stack are left to the bounds check of UBSan, and of the loops that are unrolled for vectors a few
     checks that plain C++ gets suffice: with all of them, g++ takes minutes for those files.
     """
-    common = [CXX, "-std=c++17", "-O1", "-g0", "-w", "-fopenmp", "-ffp-contract=off"]
+    common = [CXX, "-std=c++17", "-O1", "-g0", "-w", "-fopenmp", "-ffp-contract=off", f"-I{SOURCES}"]
     common += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "--param", "asan-stack=0"]
     fewer = ["-fno-sanitize=null,object-size,alignment", "--param", "asan-instrumentation-with-call-threshold=0"]
     vector = INSTRUCTIONS if "avx2" in native.kernels() else {}

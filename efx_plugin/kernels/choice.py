@@ -13,6 +13,7 @@ from efx_plugin.errors import EfxError
 from efx_plugin.kernels import native, reference
 
 REFERENCE = "reference"
+MOST_INT8_COLUMNS = 65_536
 
 
 class Choice(NamedTuple):
@@ -72,6 +73,3 @@ def _obstacle(weight: Tensor, dtype: torch.dtype) -> str | None:
     if weight.dtype == torch.int8 and weight.shape[1] > MOST_INT8_COLUMNS:
         return f"a row has more than {MOST_INT8_COLUMNS} int8 weights, whose products may overflow their sum"
     return None
-
-
-MOST_INT8_COLUMNS = 65_536

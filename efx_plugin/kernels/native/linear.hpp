@@ -9,7 +9,7 @@
 //   multiply(accumulator, vectors, elements) add the products with one row of activations
 //   finish(accumulator, floats, sums)        16 floats
 //   round(floats, bf16)                      and their roundings
-//   quantized              whether elements are int8 with a scale per row of activations
+//   kQuantized             whether elements are int8 with a scale per row of activations
 //   kTile, kTileBlocks     rows of activations and blocks whose sums fill the registers, beside the vectors of two groups
 //   blocks(m)              such blocks for m <= kTile rows of activations
 //
