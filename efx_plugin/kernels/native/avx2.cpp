@@ -31,7 +31,6 @@ struct Avx2 {
         __m256 upper, lower;  // rows 0 to 7, 8 to 15
     };
     static constexpr int kTile = 6;
-    static constexpr int kTileBlocks = 1;
     static constexpr int blocks(int m) { return m == 1 ? 2 : 1; }
 
     static Floats zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }

@@ -7,9 +7,8 @@ namespace {
 
 struct Avx512 {
     using Floats = __m512;
-    static constexpr int kTile = 8;
-    static constexpr int kTileBlocks = 3;
-    static constexpr int blocks(int m) { return m <= 4 ? 4 : m <= 6 ? 3 : 2; }
+    static constexpr int kTile = 24;
+    static constexpr int blocks(int m) { return m <= 4 ? 4 : m <= 6 ? 3 : m <= 12 ? 2 : 1; }
 
     static Floats zero() { return _mm512_setzero_ps(); }
     static Floats load(const float* from) { return _mm512_loadu_ps(from); }

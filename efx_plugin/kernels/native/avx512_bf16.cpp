@@ -8,13 +8,12 @@
 namespace {
 
 struct Registers {  // what the dots here have in common: 32 registers of 512 bits
-    static constexpr int kTile = 8;
-    static constexpr int kTileBlocks = 3;
+    static constexpr int kTile = 24;
     static constexpr bool kQuantized = false;
     EFX_INLINE static inline void round(const float* floats, uint16_t* bf16) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(bf16), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(floats)));
     }
-    static constexpr int blocks(int m) { return m <= 4 ? 4 : 3; }
+    static constexpr int blocks(int m) { return m <= 4 ? 4 : m <= 8 ? 3 : m <= 13 ? 2 : 1; }
 };
 
 struct FloatSums : Registers {
@@ -66,8 +65,7 @@ struct Int8Weight {
 struct Int8Bf16 : FloatSums, Int8Weight {
     using Element = uint16_t;
     static constexpr int kVectors = 2;
-    static constexpr int kTileBlocks = 2;
-    static constexpr int blocks(int m) { return m <= 4 ? 3 : 2; }
+    static constexpr int blocks(int m) { return m <= 4 ? 3 : m <= 8 ? 2 : 1; }
 
     EFX_INLINE static inline void expand(Mask mask, const Value* values, Vector* vectors) {
         const __m512i fours = expand_bytes(mask, values);

@@ -2,7 +2,7 @@
 //
 // A `Simd` has `Floats`, 16 of them, with zero(), load(from), store(to, floats), multiply_add(sum, floats, x), and
 //   expand_pairs(mask, values, floats)   bfloat16 groups to floats[2], one column of 16 rows each
-// and kTile, kTileBlocks, blocks(m) as in linear.hpp, for the number of its registers.
+// and kTile, blocks(m) as in linear.hpp, for the number of its registers.
 #pragma once
 
 #include "linear.hpp"

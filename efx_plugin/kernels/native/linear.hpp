@@ -10,12 +10,12 @@
 //   finish(accumulator, floats, sums)        16 floats
 //   round(floats, bf16)                      and their roundings
 //   kQuantized             whether elements are int8 with a scale per row of activations
-//   kTile, kTileBlocks     rows of activations and blocks whose sums fill the registers, beside the vectors of two groups
-//   blocks(m)              such blocks for m <= kTile rows of activations
+//   kTile                  rows of activations whose sums fill the registers, beside the vectors of two groups
+//   blocks(m)              blocks for which they do, of m <= kTile rows
 //
 // Up to kTile rows of activations the weight is expanded in registers, straight into the products: the speed is that
-// of reading it. Beyond, 256 columns of a few blocks at a time are expanded into the first-level cache too, and serve all
-// further tiles of activations: the speed is that of the products.
+// of reading it. Beyond, some hundred columns of a block at a time are expanded into the first-level cache too, and
+// serve all further tiles of activations: the speed is that of the products.
 //
 // Every element of the result is summed in the order of the columns into one accumulator, whichever way is taken: it
 // depends neither on the other rows of the batch nor on the number of threads.
@@ -150,7 +150,7 @@ struct Linear {
 
     static constexpr int kColumns = Dot::kColumns;
     static constexpr int kVectors = Dot::kVectors;
-    static constexpr int64_t kChunk = 128 / kVectors;  // groups expanded at a time
+    static constexpr int64_t kChunk = 256 / kVectors;  // groups expanded at a time
     static constexpr int64_t kRowsAtOnce = 512;        // of activations, which bounds the workspace
     static constexpr int64_t kAhead = 2048;            // bytes of values to prefetch ahead
 
@@ -209,30 +209,29 @@ struct Linear {
         }
     }
 
-    // Expand n groups of kBlocks blocks to panel [n][kBlocks][kVectors], and multiply them with M rows of activations
-    // x [n][M][kColumns] meanwhile: the expansion costs less among products than by itself.
-    template <int M, int kBlocks>
-    __attribute__((noinline)) static void expand_tile(Stream* streams, int64_t begin, int64_t n, const Element* x,
+    // Expand n groups to panel [n][kVectors], and multiply them with M rows of activations x [n][M][kColumns] meanwhile:
+    // the expansion costs less among products than by itself.
+    template <int M>
+    __attribute__((noinline)) static void expand_tile(Stream* stream, int64_t begin, int64_t n, const Element* x,
                                                       Vector* panel, Accumulator* partial) {
-        Accumulator sums[kBlocks][M];
-        load_sums<M, kBlocks>(sums, partial, begin == 0);
-        Stream local[kBlocks];
-        unroll<kBlocks>([&](auto b) EFX_INLINE { local[b] = streams[b]; });
-        expand_and_multiply<M, kBlocks, true>(local, begin, n, x, panel, sums);
-        unroll<kBlocks>([&](auto b) EFX_INLINE { streams[b] = local[b]; });
-        store_sums<M, kBlocks>(sums, partial);
+        Accumulator sums[1][M];
+        load_sums<M>(sums[0], partial, begin == 0);
+        Stream local[1] = {*stream};
+        expand_and_multiply<M, 1, true>(local, begin, n, x, panel, sums);
+        *stream = local[0];
+        store_sums<M>(sums[0], partial);
     }
 
     // The same with groups that have been expanded.
-    template <int M, int kBlocks>
+    template <int M>
     __attribute__((noinline)) static void tile(const Vector* panel, int64_t n, const Element* x, Accumulator* partial,
                                                bool is_first) {
-        Accumulator sums[kBlocks][M];
-        load_sums<M, kBlocks>(sums, partial, is_first);
+        Accumulator sums[1][M];
+        load_sums<M>(sums[0], partial, is_first);
         for (int64_t group = 0; group < n; group++) {
-            multiply<M, kBlocks>(sums, panel + group * kBlocks * kVectors, x + group * M * kColumns);
+            multiply<M, 1>(sums, panel + group * kVectors, x + group * M * kColumns);
         }
-        store_sums<M, kBlocks>(sums, partial);
+        store_sums<M>(sums[0], partial);
     }
 
     template <int M, int kBlocks>
@@ -273,55 +272,15 @@ struct Linear {
         multiply<M, kBlocks>(sums, vectors, x);
     }
 
-    // Sums are kept in `partial` [kBlocks][M] between the chunks of a row.
-    template <int M, int kBlocks>
-    EFX_INLINE static inline void load_sums(Accumulator (&sums)[kBlocks][M], const Accumulator* partial,
-                                            bool is_first) {
-        unroll<kBlocks>([&](auto b) EFX_INLINE {
-            unroll<M>([&](auto m) EFX_INLINE { sums[b][m] = is_first ? Dot::zero() : partial[b * M + m]; });
-        });
+    // Sums are kept in `partial` [M] between the chunks of a row.
+    template <int M>
+    EFX_INLINE static inline void load_sums(Accumulator (&sums)[M], const Accumulator* partial, bool is_first) {
+        unroll<M>([&](auto m) EFX_INLINE { sums[m] = is_first ? Dot::zero() : partial[m]; });
     }
 
-    template <int M, int kBlocks>
-    EFX_INLINE static inline void store_sums(const Accumulator (&sums)[kBlocks][M], Accumulator* partial) {
-        unroll<kBlocks>([&](auto b) EFX_INLINE {
-            unroll<M>([&](auto m) EFX_INLINE { partial[b * M + m] = sums[b][m]; });
-        });
-    }
-
-    // All `m` rows of activations, in chunks of tiles [groups of the chunk][rows of the tile][kColumns], times kBlocks
-    // adjacent blocks.
-    template <int kBlocks>
-    static void panel_product(const efx::Weight& weight, const Element* x, int64_t m, int64_t block, Vector* panel,
-                              Accumulator* partials, const Result<Dot>& result) {
-        const int64_t groups = weight.header->groups;
-        const Tiles tiles{m};
-        const int64_t chunk = tiles.chunk();
-        Stream streams[kBlocks];
-        for (int b = 0; b < kBlocks; b++) streams[b] = stream(weight, block + b);
-        for (int64_t begin = 0; begin < groups; begin += chunk) {
-            const int64_t n = groups - begin < chunk ? groups - begin : chunk;
-            for (int64_t i = 0; i < tiles.count; i++) {
-                const int64_t row = tiles.first(i), rows = tiles.first(i + 1) - row;
-                const Element* elements = x + (begin * m + row * n) * kColumns;
-                Accumulator* partial = partials + row * kBlocks;
-                with_rows<(Dot::kTile + 1) / 2, Dot::kTile>(rows, [&](auto rows_of_tile) EFX_INLINE {
-                    if (i == 0) {
-                        expand_tile<rows_of_tile, kBlocks>(streams, begin, n, elements, panel, partial);
-                    } else {
-                        tile<rows_of_tile, kBlocks>(panel, n, elements, partial, begin == 0);
-                    }
-                });
-            }
-        }
-        for (int64_t i = 0; i < tiles.count; i++) {
-            const int64_t row = tiles.first(i), rows = tiles.first(i + 1) - row;
-            for (int b = 0; b < kBlocks; b++) {
-                for (int64_t j = 0; j < rows; j++) {
-                    finish(partials[row * kBlocks + b * rows + j], block + b, result, row + j);
-                }
-            }
-        }
+    template <int M>
+    EFX_INLINE static inline void store_sums(const Accumulator (&sums)[M], Accumulator* partial) {
+        unroll<M>([&](auto m) EFX_INLINE { partial[m] = sums[m]; });
     }
 
     // Rows of activations cut into as few tiles as there may be, of nearly equal size: at least half of kTile if there
@@ -332,6 +291,28 @@ struct Linear {
         // Of two tiles, only the second reads what the first has expanded, which the second-level cache can give.
         int64_t chunk() const { return count <= 2 ? 4 * kChunk : kChunk; }
     };
+
+    // All rows of activations, in chunks of tiles [groups of the chunk][rows of the tile][kColumns], times a block.
+    static void panel_product(const efx::Weight& weight, const Element* x, const Tiles& tiles, int64_t block,
+                              Vector* panel, Accumulator* partials, const Result<Dot>& result) {
+        const int64_t groups = weight.header->groups, chunk = tiles.chunk();
+        Stream values = stream(weight, block);
+        for (int64_t begin = 0; begin < groups; begin += chunk) {
+            const int64_t n = groups - begin < chunk ? groups - begin : chunk;
+            for (int64_t i = 0; i < tiles.count; i++) {
+                const int64_t row = tiles.first(i), rows = tiles.first(i + 1) - row;
+                const Element* elements = x + (begin * tiles.m + row * n) * kColumns;
+                with_rows<(Dot::kTile + 1) / 2, Dot::kTile>(rows, [&](auto rows_of_tile) EFX_INLINE {
+                    if (i == 0) {
+                        expand_tile<rows_of_tile>(&values, begin, n, elements, panel, partials);
+                    } else {
+                        tile<rows_of_tile>(panel, n, elements, partials + row, begin == 0);
+                    }
+                });
+            }
+        }
+        for (int64_t row = 0; row < tiles.m; row++) finish(partials[row], block, result, row);
+    }
 
     // f(Index<rows>), for kLeast <= rows <= kMost.
     template <int kLeast, int kMost, class F>
@@ -419,14 +400,14 @@ struct Linear {
     static int64_t run_rows(const efx::Call& call, int64_t first_row, int64_t m) {
         const efx::Header& header = *call.weight.header;
         const int64_t groups = header.groups, blocks = header.blocks;
-        const bool is_direct = m <= Dot::kTile;
         const Tiles tiles{m};
+        const bool is_direct = tiles.count == 1;
         // One row of bfloat16 that needs no padding is read where it is.
         const bool in_place = m == 1 && sizeof(Element) == 2 && header.columns == groups * kColumns;
         const int64_t x_bytes = in_place ? 0 : align(m * groups * kColumns * sizeof(Element));
         const int64_t scale_bytes = Dot::kQuantized ? align(m * sizeof(float)) : 0;
-        const int64_t panel_bytes = is_direct ? 0 : Dot::kTileBlocks * tiles.chunk() * kVectors * sizeof(Vector);
-        const int64_t partial_bytes = is_direct ? 0 : Dot::kTileBlocks * m * sizeof(Accumulator);
+        const int64_t panel_bytes = is_direct ? 0 : tiles.chunk() * kVectors * sizeof(Vector);
+        const int64_t partial_bytes = is_direct ? 0 : m * sizeof(Accumulator);
         const int64_t thread_bytes = align(panel_bytes + partial_bytes);
         const int64_t bytes = x_bytes + scale_bytes + thread_bytes * call.threads;
         char* memory = bytes ? workspace(bytes) : nullptr;
@@ -462,12 +443,8 @@ struct Linear {
             } else {
                 auto* panel = reinterpret_cast<Vector*>(memory + x_bytes + scale_bytes + thread * thread_bytes);
                 auto* partials = reinterpret_cast<Accumulator*>(reinterpret_cast<char*>(panel) + panel_bytes);
-                int64_t block = begin;
-                for (; block + Dot::kTileBlocks <= end; block += Dot::kTileBlocks) {
-                    panel_product<Dot::kTileBlocks>(call.weight, x, m, block, panel, partials, result);
-                }
-                for (; block < end; block++) {
-                    panel_product<1>(call.weight, x, m, block, panel, partials, result);
+                for (int64_t block = begin; block < end; block++) {
+                    panel_product(call.weight, x, tiles, block, panel, partials, result);
                 }
             }
         }

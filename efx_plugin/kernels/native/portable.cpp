@@ -8,7 +8,6 @@ struct Portable {
         float lanes[kBlock];
     };
     static constexpr int kTile = 4;
-    static constexpr int kTileBlocks = 1;
     static constexpr int blocks(int) { return 1; }
 
     static Floats zero() { return {}; }
