@@ -5,11 +5,15 @@ CONSTRAINTS := integration/constraints
 
 NATIVE := setup.py $(wildcard efx_plugin/*/native/*.[ch]pp)
 
-.PHONY: demo test test-long lint bench-checkpoint bench-kernels bench-serve load-test
+.PHONY: demo train-expert test test-long lint bench-checkpoint bench-kernels bench-serve bench-prune load-test
 
 demo: .venv/ready .venv-serve/ready
 	.venv/bin/python -m integration.assets
 	.venv/bin/python -m integration.demo
+
+# LoRA training that ends sparse: TRL, the callback, export, and serving in vLLM.
+train-expert: .venv/ready .venv-serve/ready
+	.venv/bin/python -m integration.train_expert
 
 # Threads that wait asleep: on a machine with other work, spinning ones slow each other down tenfold.
 test: export OMP_WAIT_POLICY := PASSIVE
@@ -32,6 +36,11 @@ bench-kernels: .venv-serve/ready
 # A random model of 1.1B parameters in two engines, 8 GB of memory, ten minutes; writes build/bench/serve.json.
 bench-serve: .venv-serve/ready
 	.venv-serve/bin/python -m integration.benchmarks.serve $(BENCH)
+
+# Pruning and training against the rivals: about 25 minutes; BENCH="--quick" or "--only repair" for a part. Writes
+# build/bench/prune.json.
+bench-prune: .venv/ready
+	.venv/bin/python -m integration.benchmarks.prune $(BENCH)
 
 # 32 clients for two minutes against `efx serve`; writes build/bench/load.json.
 load-test: .venv/ready .venv-serve/ready

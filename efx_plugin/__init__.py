@@ -15,12 +15,21 @@ if TYPE_CHECKING:
     from efx_plugin.kernels import sparse_linear
     from efx_plugin.model.adapters import merge_adapters
     from efx_plugin.modifier import EfficientXpertModifier
+    from efx_plugin.training import EfficientXpertCallback
 
 __version__ = "0.1.0"
 
-__all__ = ["EfficientXpertModifier", "load_sparse", "merge_adapters", "save_sparse", "sparse_linear"]
+__all__ = [
+    "EfficientXpertCallback",
+    "EfficientXpertModifier",
+    "load_sparse",
+    "merge_adapters",
+    "save_sparse",
+    "sparse_linear",
+]
 
 _HOMES = {
+    "EfficientXpertCallback": "efx_plugin.training",
     "EfficientXpertModifier": "efx_plugin.modifier",
     "load_sparse": "efx_plugin.checkpoint",
     "merge_adapters": "efx_plugin.model.adapters",

@@ -1,28 +1,30 @@
 """EfficientXpertModifier: llm-compressor's life cycle onto the pruning engine."""
 
-import difflib
-from typing import Any, Literal
+from collections.abc import Iterable
 
 import numpy as np
 import torch
+from compressed_tensors.offload.cache import OffloadCache
 from compressed_tensors.quantization.utils import is_module_quantized
-from compressed_tensors.utils import is_match, update_offload_parameter
+from compressed_tensors.utils import update_offload_parameter
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier, ModifierFactory
-from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from loguru import logger
-from pydantic import Field, PrivateAttr, model_validator
-from torch import nn
+from pydantic import PrivateAttr
+from torch import Tensor, nn
 
+from efx_plugin.arguments import PruningArguments
 from efx_plugin.errors import EfxError
-from efx_plugin.model.adapters import LinearLayer, inner_model, linear_layers
-from efx_plugin.model.pruner import BlockPruner, PrunedLayer, PruningSettings
+from efx_plugin.model.adapters import LinearLayer, inner_model
+from efx_plugin.model.blocks import allocate_over_blocks, plan_blocks
+from efx_plugin.model.fisher import Fisher, measure_fisher
+from efx_plugin.model.pruner import BlockPruner, PrunedLayer, layer_sparsities
 
 # A block's sparsity may miss the target by this much before pruning counts as failed.
 SPARSITY_TOLERANCE = 0.002
 
 
-class EfficientXpertModifier(Modifier):
+class EfficientXpertModifier(PruningArguments, Modifier):
     """Prunes a model, with its LoRA adapters merged in, for the domain of the calibration data (arXiv 2511.19935).
 
     Sample yaml:
@@ -53,129 +55,67 @@ class EfficientXpertModifier(Modifier):
         - on_finalize: take back what quantization put in place of zeros, check that every targeted layer was pruned
           and that the zeros are there
 
-    Args:
-        sparsity: fraction of the weights to prune, between 0 and 1.
-        mask_structure: "N:M" prunes N of every M consecutive inputs (then sparsity must be N/M); "0:0" is
-            unstructured.
-        targets: names, `re:` patterns or class names of the layers to prune.
-        ignore: the same for layers to leave alone.
-        saliency: what a weight is worth to its layer: "wanda" (its energy on the data) or "magnitude".
-        propagation: what the layer's output is worth to what follows: "block" (measured by gradients within the
-            decoder block), "activation" (from forward statistics; needs a known architecture) or "none".
-        comparison_group: among which weights the lowest scores are pruned: "row", "matrix" or decoder "block".
-            With N:M structure the group is always the M inputs.
-        floor: in "matrix" and "block" groups no row may lose more than floor * sparsity of its weights.
-        repair: "weights" refits the kept weights of each layer to its calibration outputs; "none" leaves them.
-        repair_steps: conjugate gradient steps of the repair.
-        dampening_frac: fraction of the mean diagonal added to the Gram's diagonal in the repair.
-        propagation_tokens: calibration tokens spent on "block" propagation.
-        seed: of the random directions in "block" propagation.
+    Args: those of `PruningArguments`.
     """
 
     requires_calibration_data: bool = True
 
-    sparsity: float = Field(default=0.5, gt=0, lt=1)
-    mask_structure: str = Field(default="0:0", pattern=r"^\d+:\d+$")
-    targets: str | list[str] = Field(default_factory=lambda: ["Linear"])
-    ignore: str | list[str] = Field(default_factory=lambda: ["lm_head"])
-    saliency: Literal["magnitude", "wanda"] = "wanda"
-    propagation: Literal["none", "activation", "block"] = "block"
-    comparison_group: Literal["row", "matrix", "block"] = "block"
-    floor: float = Field(default=1.4, ge=1)
-    repair: Literal["none", "weights"] = "weights"
-    repair_steps: int = Field(default=10, ge=1)
-    dampening_frac: float = Field(default=0.01, gt=0)
-    propagation_tokens: int = Field(default=4096, ge=1)
-    seed: int = 0
-
     _pruners: list[BlockPruner] = PrivateAttr(default_factory=list)
     _results: dict[str, list[PrunedLayer]] = PrivateAttr(default_factory=dict)
     _layers: dict[str, LinearLayer] = PrivateAttr(default_factory=dict)
+    _sparsities: dict[str, float] = PrivateAttr(default_factory=dict)
     # Of layers that are going to be quantized: which weights were kept, a bit each.
     _kept: dict[str, np.ndarray] = PrivateAttr(default_factory=dict)
     _state: State | None = PrivateAttr(default=None)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_unknown_arguments(cls, arguments: Any) -> Any:
-        # EfxError is no ValueError, so pydantic lets it through as it is instead of wrapping it in a report.
-        for name in set(arguments) - set(cls.model_fields):
-            close = difflib.get_close_matches(name, cls.model_fields, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(sorted(cls.model_fields))}"
-            raise EfxError(f"EfficientXpertModifier has no argument {name!r}: {hint}")
-        return arguments
-
-    @model_validator(mode="after")
-    def _check_structure(self) -> "EfficientXpertModifier":
-        if (n_of_m := self._n_of_m) is not None:
-            n, m = n_of_m
-            if not 0 < n < m or abs(self.sparsity - n / m) > 1e-6:
-                raise EfxError(
-                    f"mask_structure {self.mask_structure!r} prunes {n} of {m} weights, sparsity {self.sparsity} does "
-                    f"not: set sparsity to N/M with 0 < N < M, or mask_structure to '0:0'"
-                )
-        return self
-
-    @property
-    def _n_of_m(self) -> tuple[int, int] | None:
-        n, m = (int(part) for part in self.mask_structure.split(":"))
-        return None if (n, m) == (0, 0) else (n, m)
 
     def on_initialize(self, state: State, **kwargs) -> bool:
         if state.data is None or state.data.calib is None:
             raise EfxError("EfficientXpertModifier needs calibration data: pass dataset=... to oneshot")
         self._state = state
+        plans = plan_blocks(state.model, self, kwargs.get("sequential_targets"))
+        self._layers = {layer.name: layer for plan in plans for layer in plan.layers}
         model = inner_model(state.model)
-        layers = linear_layers(state.model)
-        targeted = [layer for layer in layers if is_match(layer.name, layer.base, self.targets, ignore=self.ignore)]
-        if not targeted:
-            raise EfxError(
-                f"targets {self.targets} with ignore {self.ignore} match no linear layer of {type(model).__name__}, "
-                f"which has {_examples(layers)}: correct targets or ignore"
+        fisher = self._measure_fisher(model, state.data.calib)
+        self._sparsities = layer_sparsities(list(self._layers.values()), self)
+        if self.allocation == "layer":
+            self._sparsities = allocate_over_blocks(plans, self, fisher.sensitivities, fisher.energies)
+        self._pruners = [
+            BlockPruner(
+                model,
+                plan.name,
+                plan.block,
+                plan.layers,
+                plan.others,
+                self,
+                sparsities=self._sparsities,
+                token_mask=self._token_mask,
+                sensitivities=fisher and fisher.sensitivities,
             )
-        self._layers = {layer.name: layer for layer in targeted}
-        for layer in targeted:
-            if not torch.isfinite(layer.base.weight).all():
-                raise EfxError(
-                    f"the weight of {layer.name} contains NaN or infinity: the model is damaged, load it anew"
-                )
-            if self._n_of_m is not None and layer.base.in_features % self._n_of_m[1]:
-                raise EfxError(
-                    f"mask_structure {self.mask_structure!r} does not divide the {layer.base.in_features} inputs of "
-                    f"{layer.name}: add it to ignore"
-                )
-        if self.comparison_group == "block" and self.propagation == "activation" and self._n_of_m is None:
-            logger.warning(
-                "propagation 'activation' gives q and k another unit than the other matrices; comparison_group "
-                "'matrix' suits it better than 'block'"
-            )
-        self._pruners = self._make_pruners(model, layers, targeted, kwargs.get("sequential_targets"))
+            for plan in plans
+        ]
         return True
 
-    def _make_pruners(
-        self,
-        model: nn.Module,
-        layers: list[LinearLayer],
-        targeted: list[LinearLayer],
-        sequential_targets: str | list[str] | None,
-    ) -> list[BlockPruner]:
-        fields = set(PruningSettings.__dataclass_fields__) - {"n_of_m"}
-        settings = PruningSettings(n_of_m=self._n_of_m, **self.model_dump(include=fields))
-        blocks = _decoder_blocks(model, sequential_targets)
-        pruners, remaining = [], {layer.name for layer in targeted}
-        for name, block in blocks.items():
-            inside = [layer for layer in layers if layer.name.startswith(name + ".")]
-            chosen = [layer for layer in inside if layer.name in remaining]
-            others = [layer for layer in inside if layer.name not in remaining]
-            if chosen:
-                pruners.append(BlockPruner(model, name, block, chosen, others, settings, self._token_mask))
-                remaining -= {layer.name for layer in chosen}
-        if remaining:
-            raise EfxError(
-                f"{min(remaining)} is targeted but lies outside the decoder blocks of {type(model).__name__}: "
-                "add it to ignore"
-            )
-        return pruners
+    def _measure_fisher(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Fisher | None:
+        """None where propagation "fisher" is not asked for, cannot change a mask, or has to fall back to "block".
+
+        Raises:
+            EfxError: it cannot be measured, and allocation "layer" cannot do without.
+        """
+        if self.propagation != "fisher" or not self.uses_propagation:
+            return None
+        offloaded = any(parameter.is_meta for parameter in model.parameters()) or any(
+            isinstance(module._parameters, OffloadCache) or hasattr(module, "_hf_hook") for module in model.modules()
+        )
+        reason = "the model is offloaded" if offloaded else None
+        if reason is None:
+            try:
+                return measure_fisher(model, list(self._layers.values()), batches, self.propagation_tokens)
+            except torch.OutOfMemoryError:
+                reason = "a backward pass through the model does not fit into memory"
+        if self.allocation == "layer":
+            raise EfxError(f"{reason}, so allocation 'layer' cannot be measured: set allocation to 'matrix'")
+        logger.warning(f"{reason}, so propagation 'fisher' falls back to 'block'")
+        return None
 
     def _token_mask(self) -> torch.Tensor | None:
         masks = getattr(self._state, "loss_masks", None)
@@ -255,34 +195,9 @@ class EfficientXpertModifier(Modifier):
         achieved = sum(zeros.values()) / size
         # A row or group of M loses a whole number of weights, which in tiny layers misses the fraction by more.
         slack = SPARSITY_TOLERANCE + sum(self._layers[result.name].base.out_features for result in results) / size
-        if achieved < self.sparsity - slack:
-            raise EfxError(
-                f"{block} has sparsity {achieved:.4f} after pruning, not {self.sparsity}: check the log above"
-            )
-
-
-def _decoder_blocks(model: nn.Module, sequential_targets: str | list[str] | None) -> dict[str, nn.Module]:
-    try:
-        targets = infer_sequential_targets(model, sequential_targets)
-    except (AttributeError, TypeError):
-        targets = []
-    blocks = {name: module for name, module in model.named_modules() if name and is_match(name, module, targets)}
-    # A LoRA wrapper or a nested match is no block of its own.
-    blocks = {
-        name: block for name, block in blocks.items() if not any(name.startswith(other + ".") for other in blocks)
-    }
-    if not blocks:
-        raise EfxError(
-            f"{type(model).__name__} is an unknown architecture: no decoder blocks found in it; name their class in "
-            "oneshot's sequential_targets"
-        )
-    return blocks
-
-
-def _examples(layers: list[LinearLayer]) -> str:
-    if not layers:
-        return "no torch.nn.Linear at all"
-    return f"{len(layers)} of them, such as {layers[0].name}"
+        target = sum(self._sparsities[result.name] * result.size for result in results) / size
+        if achieved < target - slack:
+            raise EfxError(f"{block} has sparsity {achieved:.4f} after pruning, not {target:.4f}: check the log above")
 
 
 def _summary(results: list[PrunedLayer]) -> str:

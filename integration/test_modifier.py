@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
+from loguru import logger
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -65,13 +66,13 @@ def projections(model):
     return {name: p.detach() for name, p in model.named_parameters() if "_proj.weight" in name}
 
 
-def assert_half_of_every_block_is_zero(model):
+def assert_half_of_every_block_is_zero(model, slack=0.002):
     weights = projections(model)
     assert len(weights) == 21
     for block in range(3):
         inside = [weight for name, weight in weights.items() if f"layers.{block}." in name]
         zeros = sum(int((weight == 0).sum()) for weight in inside)
-        assert abs(zeros / sum(weight.numel() for weight in inside) - 0.5) < 0.002
+        assert abs(zeros / sum(weight.numel() for weight in inside) - 0.5) < slack
         assert all((weight == 0).any() for weight in inside)
     assert (model.lm_head.weight != 0).all()
 
@@ -157,16 +158,56 @@ def test_only_the_tokens_of_the_loss_mask_count(directory, calibration):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    "arguments",
     [
-        ({"sparsty": 0.5}, "no argument 'sparsty': did you mean 'sparsity'"),
-        ({"mask_structure": "2:4", "sparsity": 0.6}, "prunes 2 of 4 weights, sparsity 0.6 does not"),
-        ({"mask_structure": "4:4", "sparsity": 0.5}, "prunes 4 of 4"),
+        {"saliency": "wanda", "propagation": "weight", "comparison_group": "row", "allocation": "uniform"},
+        {"saliency": "wanda", "propagation": "activation", "comparison_group": "matrix"},
+        {"saliency": "wanda", "propagation": "block", "comparison_group": "block", "repair": "none"},
+        {"repair": "paper", "kappa": 0.5},
+        {"repair": "adapter"},
     ],
 )
-def test_wrong_arguments_are_named(arguments, sentence):
-    with pytest.raises(EfxError, match=sentence):
-        EfficientXpertModifier(**arguments)
+def test_points_of_the_family_run_on_a_model_with_its_adapter(directory, calibration, arguments):
+    model = adapted(directory)
+    run(model.base_model.model, directory, calibration, recipe=EfficientXpertModifier(**arguments))
+    assert_half_of_every_block_is_zero(merge_adapters(model), slack=0.01)
+
+
+def test_allocation_over_the_model_gives_blocks_their_own_sparsity_and_the_model_its_total(directory, calibration):
+    model = load(directory)
+    for parameter in model.model.layers[2].parameters():
+        parameter.data *= 3  # a block whose weights matter more
+    weights = projections(run(model, directory, calibration, recipe=EfficientXpertModifier(allocation="layer")))
+    zeros = [sum(int((w == 0).sum()) for name, w in weights.items() if f"layers.{i}." in name) for i in range(3)]
+    sizes = [sum(w.numel() for name, w in weights.items() if f"layers.{i}." in name) for i in range(3)]
+    assert abs(sum(zeros) / sum(sizes) - 0.5) < 1e-4
+    assert max(zeros) - min(zeros) > 0.02 * sizes[0]
+
+
+def test_a_mapping_of_sparsities_in_a_recipe(directory, calibration):
+    recipe = RECIPE.replace("sparsity: 0.5", 'sparsity: {"re:.*mlp.*": 0.6, "Linear": 0.4}')
+    weights = projections(run(load(directory), directory, calibration, recipe=recipe))
+    for part, sparsity in (("mlp", 0.6), ("self_attn", 0.4)):
+        some = [weight for name, weight in weights.items() if part in name]
+        zeros, size = sum(int((weight == 0).sum()) for weight in some), sum(weight.numel() for weight in some)
+        assert abs(zeros / size - sparsity) < 1e-3
+
+
+def test_fisher_falls_back_to_block_where_the_backward_pass_does_not_fit(directory, calibration, monkeypatch):
+    def no_memory(*_args):
+        raise torch.OutOfMemoryError
+
+    messages = []
+    sink = logger.add(messages.append, level="WARNING")
+    monkeypatch.setattr("efx_plugin.modifier.measure_fisher", no_memory)
+    fallen = run(load(directory), directory, calibration)
+    asked = run(load(directory), directory, calibration, recipe=EfficientXpertModifier(propagation="block"))
+    logger.remove(sink)
+    assert any("does not fit into memory, so propagation 'fisher' falls back to 'block'" in text for text in messages)
+    for name, weight in projections(asked).items():
+        assert torch.equal(weight, projections(fallen)[name])
+    with pytest.raises(EfxError, match="does not fit into memory, so allocation 'layer' cannot be measured"):
+        run(load(directory), directory, calibration, recipe=EfficientXpertModifier(allocation="layer"))
 
 
 @pytest.mark.parametrize(

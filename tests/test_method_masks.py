@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efx_plugin.method.masks import n_of_m_mask, pooled_masks, row_mask
+from efx_plugin.method.masks import allocate, n_of_m_mask, pooled_masks, row_mask
 
 sparsities = st.floats(0.05, 0.95)
 # Few distinct values, so that ties at the threshold are the rule.
@@ -16,6 +16,7 @@ def _scores(rows, columns, distinct, seed):
     return torch.randint(distinct, (rows, columns), generator=torch.Generator().manual_seed(seed)).float()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 24), levels, sparsities, st.integers(0, 2**31))
 def test_every_row_loses_its_lowest(rows, columns, distinct, sparsity, seed):
     scores = _scores(rows, columns, distinct, seed)
@@ -26,6 +27,7 @@ def test_every_row_loses_its_lowest(rows, columns, distinct, sparsity, seed):
             assert row[~kept].max() <= row[kept].min()
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 6), st.integers(1, 6), st.sampled_from([(1, 4), (2, 4), (4, 8), (3, 5)]), levels, st.integers(0, 99)
 )
@@ -51,6 +53,7 @@ def test_n_of_m_refuses_what_it_cannot_do():
 shapes = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 12)), min_size=1, max_size=4)
 
 
+@settings(deadline=None)
 @given(shapes, levels, sparsities, st.integers(0, 2**31))
 def test_a_pool_without_floor_loses_exactly_its_lowest(shapes, distinct, sparsity, seed):
     scores = [_scores(*shape, distinct, seed + index) for index, shape in enumerate(shapes)]
@@ -63,6 +66,7 @@ def test_a_pool_without_floor_loses_exactly_its_lowest(shapes, distinct, sparsit
         assert values[~keep].max() <= values[keep].min()
 
 
+@settings(deadline=None)
 @given(shapes, levels, sparsities, st.floats(1, 2), st.integers(0, 2**31))
 def test_the_floor_bounds_every_row_and_keeps_the_total(shapes, distinct, sparsity, floor, seed):
     scores = [_scores(*shape, distinct, seed + index) for index, shape in enumerate(shapes)]
@@ -78,3 +82,16 @@ def test_rows_compete_in_a_pool():
     cheap, dear = torch.full((1, 4), 0.1), torch.full((1, 4), 9.0)
     keep = pooled_masks([torch.cat([cheap, dear])], 0.5)[0]
     assert not keep[0].any() and keep[1].all()
+
+
+@settings(deadline=None)
+@given(shapes, levels, sparsities, st.one_of(st.none(), st.floats(1, 2)), st.integers(0, 2**31))
+def test_an_allocation_sums_to_the_count_of_the_pool_and_respects_the_floor(shapes, distinct, sparsity, floor, seed):
+    scores = [_scores(*shape, distinct, seed + index) for index, shape in enumerate(shapes)]
+    fractions = allocate(scores, sparsity, floor)
+    counts = [round(fraction * score.numel()) for fraction, score in zip(fractions, scores, strict=True)]
+    assert counts == [int((~mask).sum()) for mask in pooled_masks(scores, sparsity, floor)]
+    assert sum(counts) == round(sparsity * sum(score.numel() for score in scores))
+    for count, score in zip(counts, scores, strict=True):
+        most = score.shape[1] if floor is None else math.ceil(floor * sparsity * score.shape[1])
+        assert count <= most * score.shape[0]

@@ -2,9 +2,11 @@
 
 import math
 
+import pytest
 import torch
 
 from efx_plugin.method import importance, sensitivity
+from efx_plugin.method.masks import row_mask
 
 
 def test_foresight_score_of_every_weight():
@@ -39,6 +41,28 @@ def test_propagation_cannot_reorder_a_row():
     saliency, c = torch.rand(6, 9), torch.rand(6) + 0.1
     scores = importance.foresight_scores(saliency, c)
     assert torch.equal(scores.argsort(dim=1), saliency.argsort(dim=1))
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.8])
+def test_by_row_the_norm_of_the_consumer_gives_wandas_mask(sparsity):
+    torch.manual_seed(5)
+    weight, inputs, consumer = torch.randn(12, 40), torch.randn(90, 40), torch.randn(7, 12)
+    scores = importance.foresight_scores(
+        importance.wanda_saliency(weight, inputs.square().mean(dim=0)), consumer.square().sum(dim=0)
+    )
+    wanda = weight.abs() * inputs.norm(dim=0)
+    kept = wanda.argsort(dim=1, descending=True)[:, : 40 - round(sparsity * 40)]
+    assert torch.equal(row_mask(scores, sparsity), torch.zeros(12, 40, dtype=torch.bool).scatter_(1, kept, True))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 1.0])
+def test_the_average_moves_towards_new_scores_in_place(momentum):
+    torch.manual_seed(6)
+    old, new = torch.rand(3, 8), torch.rand(3, 8)
+    average = torch.full((8, 3), torch.nan) if momentum == 1 else old.T.contiguous()
+    importance.update_average(average.T, new, momentum)
+    expected = new if momentum == 1 else momentum * new + (1 - momentum) * old
+    torch.testing.assert_close(average.T, expected)
 
 
 def test_gated_sensitivities_token_by_token():

@@ -1,39 +1,52 @@
-import dataclasses
+import itertools
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
+from efx_plugin.arguments import PruningArguments
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import linear_layers
-from efx_plugin.model.pruner import BlockPruner, PruningSettings
+from efx_plugin.model.pruner import BlockPruner
 from integration.assets import tiny_llama
 
 BLOCK = "model.layers.1"
-SETTINGS = PruningSettings(
-    sparsity=0.5,
-    n_of_m=None,
-    saliency="wanda",
-    propagation="block",
-    comparison_group="block",
-    floor=1.4,
-    repair="weights",
-    repair_steps=10,
-    dampening_frac=0.01,
-    propagation_tokens=4096,
-    seed=0,
-)
+SETTINGS = {
+    "saliency": "wanda",
+    "propagation": "block",
+    "comparison_group": "block",
+    "allocation": "uniform",
+}
 
 
-def make_pruner(model, token_mask=lambda: None, **changes):
+def make_pruner(model, token_mask=lambda: None, averages=None, sensitivities=None, **changes):
     layers = [layer for layer in linear_layers(model) if layer.name.startswith(BLOCK + ".")]
-    settings = dataclasses.replace(SETTINGS, **changes)
-    pruner = BlockPruner(model, BLOCK, model.model.layers[1], layers, [], settings, token_mask)
+    pruner = BlockPruner(
+        model,
+        BLOCK,
+        model.get_submodule(BLOCK),
+        layers,
+        [],
+        PruningArguments(**(SETTINGS | changes)),
+        token_mask=token_mask,
+        averages=averages,
+        sensitivities=sensitivities,
+    )
     pruner.attach(lambda module, hook, kind, **kwargs: getattr(module, f"register_{kind}_hook")(hook, **kwargs))
     return pruner
 
 
 def tokens(seed=0, batch=4, length=32):
     return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def adapted():
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    return model.get_base_model().eval()
 
 
 @torch.no_grad()
@@ -48,29 +61,107 @@ def weights(model):
     return {layer.name: layer.base.weight for layer in linear_layers(model) if layer.name.startswith(BLOCK + ".")}
 
 
-@pytest.mark.parametrize("saliency", ["magnitude", "wanda"])
-@pytest.mark.parametrize("propagation", ["none", "activation", "block"])
-@pytest.mark.parametrize("group", ["row", "matrix", "block"])
-@pytest.mark.parametrize("repair", ["none", "weights"])
-def test_every_point_of_the_family_reaches_its_sparsity(saliency, propagation, group, repair):
-    model, results = prune(saliency=saliency, propagation=propagation, comparison_group=group, repair=repair)
+FAMILY = [
+    point
+    for point in itertools.product(
+        ["magnitude", "wanda", "obs"],
+        ["none", "weight", "activation", "block"],
+        ["row", "matrix", "block"],
+        ["uniform", "matrix"],
+    )
+    if point[0] != "obs" or point[2] != "block"
+]
+
+
+@pytest.mark.parametrize(("saliency", "propagation", "group", "allocation"), FAMILY)
+def test_every_mask_of_the_family_reaches_its_sparsity_to_a_weight(saliency, propagation, group, allocation):
+    arguments = {"saliency": saliency, "propagation": propagation, "comparison_group": group, "allocation": allocation}
+    model, results = prune(repair="none", **arguments)
     assert len(results) == 7
-    total = sum(result.size for result in results)
-    assert abs(sum(result.zeros for result in results) / total - 0.5) < 1e-3
+    pruned, size = sum(result.zeros for result in results), sum(result.size for result in results)
+    rows = sum(len(weight) for weight in weights(model).values())
+    assert abs(pruned - round(size / 2)) <= {"row": rows, "matrix": len(results), "block": 0}[group]
     for name, weight in weights(model).items():
         zeros = (weight == 0).float()
         if group == "row":
-            assert (zeros.sum(dim=1) == round(0.5 * weight.shape[1])).all()
-        if group == "matrix":
-            assert abs(zeros.mean() - 0.5) < 1e-3
-        assert (zeros.mean(dim=1) <= 1.4 * 0.5 + 1 / weight.shape[1]).all(), name
+            assert len(zeros.sum(dim=1).unique()) == 1
+        if group != "block" and allocation == "uniform":
+            assert abs(int(zeros.sum()) - weight.numel() / 2) <= (1 if group == "matrix" else 0), name
+        if saliency != "obs":
+            assert (zeros.mean(dim=1) <= 1.4 * 1.4 * 0.5 + 1 / weight.shape[1]).all(), name
     untouched = tiny_llama().model.layers[0].state_dict()
     assert all(torch.equal(value, untouched[key]) for key, value in model.model.layers[0].state_dict().items())
 
 
+@pytest.mark.parametrize("repair", ["paper", "adapter", "weights"])
+@pytest.mark.parametrize("saliency", ["wanda", "obs"])
+def test_repairs_keep_the_mask_and_report_what_they_gain(saliency, repair):
+    changes = {"saliency": saliency, "comparison_group": "matrix"}
+    masked, _ = prune(adapted(), repair="none", **changes)
+    repaired, results = prune(adapted(), repair=repair, **changes)
+    for name, weight in weights(masked).items():
+        assert torch.equal(weight == 0, weights(repaired)[name] == 0)
+    assert all(0 < result.relative_error < 1 for result in results if result.relative_error is not None)
+    if repair != "paper":
+        assert all(result.gain >= 0 for result in results)
+        assert sum(result.gain for result in results) > 0.05
+    assert all(result.gain is None for result in results) == (repair == "paper" and saliency == "wanda")
+
+
+@pytest.mark.parametrize("repair", ["paper", "adapter"])
+def test_a_repair_of_the_adapter_needs_one(repair):
+    with pytest.raises(
+        EfxError, match=f"repair '{repair}' moves a LoRA adapter and model.layers.1.self_attn.q_proj has"
+    ):
+        prune(repair=repair, comparison_group="matrix")
+
+
+def test_a_mapping_gives_each_layer_its_sparsity():
+    by_layer = {"re:.*down_proj": 0.75, "re:.*self_attn.*": 0.25, "Linear": 0.5}
+    for allocation in ("uniform", "matrix"):
+        model, _ = prune(sparsity=by_layer, comparison_group="matrix", allocation=allocation)
+        for group, sparsity in (("down_proj", 0.75), ("self_attn", 0.25), ("gate_proj up_proj", 0.5)):
+            some = [weight for name, weight in weights(model).items() if any(part in name for part in group.split())]
+            zeros, size = sum(int((weight == 0).sum()) for weight in some), sum(weight.numel() for weight in some)
+            assert abs(zeros - sparsity * size) <= len(some)
+    with pytest.raises(EfxError, match=r"matches model\.layers\.1\.mlp\.gate_proj: add one"):
+        prune(sparsity={"re:.*self_attn.*": 0.5}, comparison_group="matrix")
+
+
+def test_new_scores_are_averaged_with_those_of_earlier_refreshes():
+    """With an old score that speaks against one half of the inputs, that half is pruned first."""
+    for changes in ({"comparison_group": "block"}, {"comparison_group": "matrix"}, {"saliency": "obs", **MATRIX}):
+        averages = {}
+        model = tiny_llama()
+        prune(model, averages=averages, repair="none", **changes)
+        first = {name: weight == 0 for name, weight in weights(model).items()}
+        assert {score.shape for score in averages.values()} == {weight.shape for weight in weights(model).values()}
+        for score in averages.values():
+            score[:, : score.shape[1] // 2] *= 1e4
+        model = tiny_llama()
+        prune(model, averages=averages, repair="none", floor=2.0, **changes)
+        for name, weight in weights(model).items():
+            half = weight.shape[1] // 2
+            assert (weight[:, :half] == 0).float().mean() < first[name][:, :half].float().mean(), name
+
+
+MATRIX = {"comparison_group": "matrix"}
+
+
+def test_sensitivities_measured_beforehand_choose_the_rows():
+    model = tiny_llama()
+    rows = {layer.name: layer.base.out_features for layer in linear_layers(model) if BLOCK in layer.name}
+    known = {name: torch.tensor([1e6] * (count // 2) + [1.0] * (count - count // 2)) for name, count in rows.items()}
+    prune(model, sensitivities=known, propagation="fisher", comparison_group="matrix", repair="none", floor=2.0)
+    for name, weight in weights(model).items():
+        assert (weight[: rows[name] // 2] != 0).float().mean() > 0.99
+        assert (weight[rows[name] // 2 :] == 0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("saliency", ["magnitude", "wanda", "obs"])
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4)])
-def test_n_of_m_structure_in_every_matrix(n, m):
-    model, _ = prune(n_of_m=(n, m), sparsity=n / m)
+def test_n_of_m_structure_in_every_matrix(n, m, saliency):
+    model, _ = prune(mask_structure=f"{n}:{m}", sparsity=n / m, saliency=saliency, **MATRIX)
     for weight in weights(model).values():
         assert ((weight.reshape(-1, m) == 0).sum(dim=1) == n).all()
 
@@ -79,14 +170,6 @@ def test_row_masks_ignore_propagation_as_the_algebra_says():
     masks = [weights(prune(comparison_group="row", propagation=p, repair="none")[0]) for p in ("none", "block")]
     for name, weight in masks[0].items():
         assert torch.equal(weight, masks[1][name])
-
-
-def test_repair_lowers_the_reported_error_and_keeps_the_mask():
-    masked, _ = prune(repair="none")
-    repaired, results = prune(repair="weights")
-    for name, weight in weights(masked).items():
-        assert torch.equal(weight == 0, weights(repaired)[name] == 0)
-    assert all(0 < result.relative_error < 1 for result in results)
 
 
 def test_layers_that_read_the_same_tensor_share_their_gram():

@@ -1,4 +1,9 @@
-"""The ForeSight score: what pruning a weight costs behind the next layer."""
+"""The ForeSight score: what pruning a weight costs behind the next layer.
+
+A score is a saliency, what the weight is worth to the output of its own layer, times the sensitivity of what follows
+to that output. The saliencies here look at each weight by itself; the one that lets other weights make up for it,
+"obs", depends on what was pruned before and lives in `efx_plugin.method.sweep`.
+"""
 
 from torch import Tensor
 
@@ -35,3 +40,20 @@ def foresight_scores(saliency: Tensor, sensitivity: Tensor | None) -> Tensor:
         sensitivity: c, [out], or None.
     """
     return saliency if sensitivity is None else saliency * sensitivity.unsqueeze(1)
+
+
+def update_average(average: Tensor, scores: Tensor, momentum: float) -> Tensor:
+    """S ← momentum · S_new + (1 − momentum) · S in place, over the refreshes of a mask during training (paper, eta).
+
+    Scores of different refreshes compare only after division by a common scale, such as their mean; that is the
+    caller's to do, who knows which scores are compared.
+
+    Args:
+        average: S of the earlier refreshes, fp32 of any shape.
+        scores: S_new, the same shape.
+        momentum: 1 overwrites the average whatever it holds, as the first refresh must.
+
+    Returns:
+        `average`.
+    """
+    return average.copy_(scores) if momentum == 1 else average.lerp_(scores, momentum)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 
 class InputStatistics:
@@ -38,6 +39,14 @@ class InputStatistics:
         """Add what `other` has seen, as if its batches had been passed to `update` here."""
         self._sum.add_(other._sum.to(self._sum.device))
         self.count += other.count
+
+    def all_reduce(self) -> None:
+        """Add what every other process of torch.distributed has seen; nothing where there is one."""
+        if dist.is_available() and dist.is_initialized():
+            count = torch.tensor(self.count, device=self._sum.device)
+            dist.all_reduce(self._sum)
+            dist.all_reduce(count)
+            self.count = int(count)
 
     @property
     def gram(self) -> Tensor:

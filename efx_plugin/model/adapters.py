@@ -14,7 +14,9 @@ from compressed_tensors.utils import update_offload_parameter
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from efx_plugin.errors import EfxError
 
@@ -42,40 +44,89 @@ def inner_model(model: nn.Module) -> nn.Module:
 def linear_layers(model: nn.Module) -> list[LinearLayer]:
     """Every linear layer of a model in order, each LoRA pair with its base layer as one.
 
+    Modules that PEFT trains whole (`modules_to_save`) are left out: they are not part of the base model.
+
     Raises:
-        EfxError: an adapter other than plain LoRA sits on a linear layer.
+        EfxError: an adapter other than plain LoRA sits on a linear layer, or its weight is quantized.
     """
-    layers, inside_adapter = [], ()
+    layers, wrapped = [], ()
     for name, module in inner_model(model).named_modules():
-        if inside_adapter and name.startswith(inside_adapter):
+        if wrapped and name.startswith(wrapped):
             continue
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            wrapped = (name + ".",)
         if isinstance(module, BaseTunerLayer):
-            inside_adapter = (name + ".",)
             if isinstance(base := module.get_base_layer(), nn.Linear):
                 _require_plain_lora(name, module)
                 layers.append(LinearLayer(name, module, base))
         elif isinstance(module, nn.Linear):
             layers.append(LinearLayer(name, module, module))
+    for layer in layers:
+        if not layer.base.weight.is_floating_point():
+            raise EfxError(
+                f"the weight of {layer.name} is quantized ({layer.base.weight.dtype}, as in QLoRA): load the base "
+                "model in bfloat16, or dequantize it"
+            )
     return layers
 
 
 def effective_weight(layer: LinearLayer) -> Tensor:
     """U = W + Σ s·B A over the active adapters that are not merged yet, fp32 [out, in]."""
-    weight = layer.base.weight.detach().to(torch.float32, copy=True)
+    weight = read_parameter(layer.base.weight).to(torch.float32, copy=True)
     for adapter in _active_adapters(layer):
-        lora_a = layer.module.lora_A[adapter].weight.detach().float()
-        lora_b = layer.module.lora_B[adapter].weight.detach().float()
+        lora_a = read_parameter(layer.module.lora_A[adapter].weight).float()
+        lora_b = read_parameter(layer.module.lora_B[adapter].weight).float()
         weight = torch.addmm(weight, lora_b, lora_a, alpha=layer.module.scaling[adapter])
     return weight
+
+
+def stacked_adapter(layer: LinearLayer) -> Tensor | None:
+    """A' = s·A of the active adapters, one below the other, fp32 [rank of all, in]; None where there is none."""
+    parts = [
+        layer.module.scaling[adapter] * read_parameter(layer.module.lora_A[adapter].weight).float()
+        for adapter in _active_adapters(layer)
+    ]
+    return torch.cat(parts) if parts else None
+
+
+@torch.no_grad()
+def add_to_adapter(layer: LinearLayer, update: Tensor) -> None:
+    """Move B of the active adapters, so that U grows by `update` times `stacked_adapter`.
+
+    Args:
+        update: [out, rank of all].
+    """
+    adapters = _active_adapters(layer)
+    for adapter, part in zip(adapters, update.split([layer.module.r[name] for name in adapters], dim=1), strict=True):
+        lora_b = layer.module.lora_B[adapter]
+        write_parameter(lora_b, read_parameter(lora_b.weight).float() + part)
 
 
 @torch.no_grad()
 def absorb(layer: LinearLayer, weight: Tensor) -> None:
     """Store `weight` [out, in] in the base layer, rounded once to its dtype, and zero B of the active adapters."""
-    update_offload_parameter(layer.base, "weight", weight.to(layer.base.weight.dtype))
+    write_parameter(layer.base, weight)
     for adapter in _active_adapters(layer):
         lora_b = layer.module.lora_B[adapter]
-        update_offload_parameter(lora_b, "weight", torch.zeros_like(lora_b.weight))
+        write_parameter(lora_b, torch.zeros_like(lora_b.weight))
+
+
+def read_parameter(parameter: Tensor) -> Tensor:
+    """A parameter without its history, gathered where FSDP2 shards it: then every process has to ask."""
+    return parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+@torch.no_grad()
+def write_parameter(linear: nn.Linear, weight: Tensor) -> None:
+    """Store `weight` [out, in] in a linear layer, rounded to its dtype, wherever it lies: offloaded or sharded."""
+    parameter = linear.weight
+    weight = weight.to(parameter.dtype)
+    if isinstance(parameter, DTensor):
+        if not isinstance(weight, DTensor):
+            weight = distribute_tensor(weight.to(parameter.device), parameter.device_mesh, parameter.placements)
+        parameter.copy_(weight)
+    else:
+        update_offload_parameter(linear, "weight", weight)
 
 
 def merge_adapters(model: PeftModel, masks: Mapping[str, Tensor] | None = None) -> nn.Module:

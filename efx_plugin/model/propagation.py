@@ -1,42 +1,28 @@
-"""Who consumes whose output in a decoder block, and the sensitivities measured there.
+"""The sensitivities that are measured in a decoder block, or computed from its weights.
 
 Each class measures what it needs in forward hooks while the block sees calibration data, and then gives c (see
-`efx_plugin.method`) by the name of the linear layer.
+`efx_plugin.method`) by the name of the linear layer. Of a mixture of experts, an expert counts the tokens routed to it.
 """
 
-from collections.abc import Callable
+import inspect
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 
 from efx_plugin.errors import EfxError
 from efx_plugin.method import sensitivity
-from efx_plugin.model.adapters import LinearLayer, effective_weight
+from efx_plugin.model.adapters import LinearLayer, effective_weight, read_parameter
+from efx_plugin.model.architectures import Attention, Rows, block_map, expert_places
 
-
-@dataclass(frozen=True)
-class PropagationMap:
-    """The linear layers of a gated decoder block with rotary attention, by the end of their names.
-
-    v is consumed by o through the heads of its group, q and k by each other through the attention scores, gate and up
-    by down; o and down feed the residual stream.
-    """
-
-    query: str = "self_attn.q_proj"
-    key: str = "self_attn.k_proj"
-    value: str = "self_attn.v_proj"
-    output: str = "self_attn.o_proj"
-    gate: str = "mlp.gate_proj"
-    up: str = "mlp.up_proj"
-    down: str = "mlp.down_proj"
-
-
-PROPAGATION_MAPS = {
-    "LlamaForCausalLM": PropagationMap(),
-    "MistralForCausalLM": PropagationMap(),
-    "Qwen2ForCausalLM": PropagationMap(),
-}
+# An expert that fewer calibration tokens reach than this is scored by its weights alone.
+MIN_EXPERT_TOKENS = 32
 
 # Gives a bool mask [batch, tokens] of the tokens to calibrate on in the current batch; None stands for all of them.
 TokenMask = Callable[[], Tensor | None]
@@ -46,8 +32,101 @@ def every_token() -> None:
     """The token mask of calibration data without padding."""
 
 
-# Registers a forward hook on a module; the keyword arguments are those of Module.register_forward_hook.
+# Registers a hook on a module; the keyword arguments are those of Module.register_forward_hook and its like.
 RegisterHook = Callable[..., object]
+
+
+@dataclass(frozen=True)
+class _Routing:
+    """What a list of experts was called with: the tokens, and for each the experts it goes to and their weights."""
+
+    hidden: Tensor
+    experts: Tensor
+    weights: Tensor
+
+
+class CountedRows:
+    """Picks, of what a layer of the block reads or gives, the rows of those tokens that count.
+
+    They are the tokens of the mask, and for an expert those routed to it: llm-compressor calibrates every expert on
+    every token unless it is told `moe_calibrate_all_experts=False`, and passes the router's choice to the list of
+    experts either way.
+
+    Args:
+        block: the decoder block.
+        layers: linear layers in it.
+        token_mask: which tokens count.
+    """
+
+    def __init__(self, block: nn.Module, layers: list[LinearLayer], token_mask: TokenMask = every_token):
+        self._block, self._token_mask = block, token_mask
+        self._places = expert_places(block, layers)
+        self._routing: dict[str, _Routing] = {}
+        self._whole: dict[tuple[str, int], bool] = {}  # the expert was called with all tokens, not with its own
+
+    def attach(self, register: RegisterHook) -> None:
+        for path in dict.fromkeys(path for path, _ in self._places.values()):
+            experts = self._block.get_submodule(path)
+            register(experts, partial(self._see_experts, path), "forward_pre", with_kwargs=True)
+            register(experts, partial(self._forget_experts, path), "forward")
+        for path, index in dict.fromkeys(self._places.values()):
+            expert = self._block.get_submodule(f"{path}.{index}")
+            register(expert, partial(self._see_expert, path, index), "forward_pre")
+
+    def _see_experts(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        if "top_k_index" in given:
+            self._routing[path] = _Routing(given["hidden_states"], given["top_k_index"], given["top_k_weights"])
+
+    def _forget_experts(self, path: str, *_) -> None:
+        self._routing.pop(path, None)  # it holds on to the hidden states
+
+    def _see_expert(self, path: str, index: int, _module: nn.Module, args: tuple) -> None:
+        self._whole[path, index] = path in self._routing and args[0] is self._routing[path].hidden
+
+    def expert(self, name: str) -> tuple[str, int] | None:
+        """The expert that a layer belongs to, None for one that every token goes through."""
+        return self._places.get(name)
+
+    def of(self, name: str, tensor: Tensor) -> Tensor:
+        """The rows that count, [tokens, features], of an input or output of the layer `name`.
+
+        Args:
+            tensor: [batch, tokens, features], or [rows, features] as experts have it.
+
+        Raises:
+            EfxError: there is a token mask, and which token a row belongs to cannot be told.
+        """
+        mask = self._token_mask()
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        mask = None if mask is None else mask.reshape(-1).to(tensor.device)
+        if (place := self._places.get(name)) is not None and place[0] in self._routing:
+            tokens, _ = self._routed(*place)
+            if self._whole[place]:
+                return rows[tokens if mask is None else tokens[mask[tokens]]]
+            mask = None if mask is None else mask[tokens]
+        if mask is None:
+            return rows
+        if len(mask) != len(rows):
+            raise EfxError(
+                f"{name} reads {len(rows)} rows of {len(mask)} calibration tokens, and which ones the mask leaves in "
+                "cannot be told: calibrate without use_loss_mask and without padding"
+            )
+        return rows[mask]
+
+    def weights(self, name: str) -> Tensor | None:
+        """The router's weights of the rows that `of` picks, [tokens]; None where no router weighs the layer."""
+        if (place := self._places.get(name)) is None or place[0] not in self._routing:
+            return None
+        tokens, weights = self._routed(*place)
+        mask = self._token_mask()
+        return weights if mask is None else weights[mask.reshape(-1).to(tokens.device)[tokens]]
+
+    def _routed(self, path: str, index: int) -> tuple[Tensor, Tensor]:
+        """Tokens of an expert, in the order in which it gets them, and their weights."""
+        routing = self._routing[path]
+        positions, tokens = torch.where(routing.experts.t() == index)
+        return tokens, routing.weights[tokens, positions]
 
 
 class NoPropagation:
@@ -61,10 +140,63 @@ class NoPropagation:
     def result(self) -> dict[str, Tensor]:
         return {}
 
+    def reached(self) -> dict[str, int]:
+        return {}
+
+
+class WeightPropagation:
+    """c_o = Σ_k V_ko² over the consumer V of the output, and no data (paper, eq. 2).
+
+    q and k have no weights between them: each takes the energies of the other's rows, which are those of its outputs on
+    inputs without correlation. Norms between a layer and its consumer count with their gains.
+
+    Args:
+        model: the transformers model.
+        block: name of the decoder block.
+        layers: every linear layer of the block, pruned or not.
+
+    Raises:
+        EfxError: the architecture has no propagation map.
+    """
+
+    measuring = False
+
+    def __init__(self, model: nn.Module, block: str, layers: list[LinearLayer]):
+        self._map = block_map(model, block, layers)
+
+    def attach(self, register: RegisterHook) -> None:
+        pass
+
+    @torch.no_grad()
+    def result(self) -> dict[str, Tensor]:
+        attention = self._map.attention
+        output = effective_weight(attention.output.layer)
+        ones = torch.ones(len(output), device=output.device)
+        into_stream = _gain(attention.output_norm, ones).square()
+        from_mlp = _gain(self._map.down_norm, ones).square()
+        moments = {role: _moments(_row_energies(rows).unsqueeze(0), norm) for role, rows, norm in _scored(attention)}
+        parts = _attention_parts(attention, output, into_stream, moments)
+        into_mlps = torch.zeros_like(ones)
+        for mlp in self._map.mlps:
+            columns = sensitivity.column_energy(effective_weight(mlp.down.layer), from_mlp)
+            parts += [(mlp.up, columns), (mlp.gate, columns), (mlp.down, from_mlp)]
+            for layer in dict.fromkeys((mlp.gate.layer, mlp.up.layer)):  # one where they are fused
+                into_mlps += sensitivity.column_energy(effective_weight(layer))
+        # A token goes through some of the experts, whichever they are.
+        into_mlps *= _gain(self._map.mlp_norm, ones).square() * self._map.mlps_per_token / len(self._map.mlps)
+        return _by_layer([*parts, (attention.output, into_stream * into_mlps)])
+
+    def reached(self) -> dict[str, int]:
+        return {}
+
 
 class ActivationPropagation:
     """c from forward statistics of the consumers. Its q and k terms lack the unit of the others, so compare within a
     matrix only.
+
+    Norms between a layer and its consumer are taken as linear, their root mean square held fixed. What o and down give
+    to the residual stream counts 1, through the norm behind them if there is one, and in an expert the square of the
+    router's weight.
 
     Args:
         model: the transformers model (for its class and configuration).
@@ -73,86 +205,111 @@ class ActivationPropagation:
         token_mask: which tokens count.
 
     Raises:
-        EfxError: the architecture has no propagation map.
+        EfxError: the architecture has no propagation map, or does to activations what is not measured here.
     """
 
     measuring = False
 
     def __init__(self, model: nn.Module, block: str, layers: list[LinearLayer], token_mask: TokenMask = every_token):
-        architecture = type(model).__name__
-        known = PROPAGATION_MAPS.get(architecture)
-        if known is None:
+        self._map, self._layers = block_map(model, block, layers), layers
+        if getattr(model.config.get_text_config(), "clip_qkv", None) is not None:
             raise EfxError(
-                f"propagation 'activation' does not know the architecture {architecture} (it knows "
-                f"{', '.join(PROPAGATION_MAPS)}): use propagation 'block', which needs no map"
+                f"propagation 'activation' does not know what clip_qkv of {type(model).__name__} cuts off: use "
+                "propagation 'block' or 'fisher'"
             )
-        if model.config.hidden_act not in ("silu", "swish"):
-            raise EfxError(
-                f"propagation 'activation' needs a SiLU gate, not {model.config.hidden_act!r}: use propagation 'block'"
-            )
-        by_name = {layer.name: layer for layer in layers}
-        self._layers = {role: by_name[f"{block}.{name}"] for role, name in vars(known).items()}
-        self._token_mask = token_mask
-        self._heads = model.config.num_attention_heads
-        self._kv_heads = model.config.num_key_value_heads
-        self._sums: dict[str, Tensor] = {}
+        self._rows = CountedRows(model.get_submodule(block), layers, token_mask)
+        self._sums: dict[str | tuple[str, int], Tensor] = {}
         self._count = 0
-        self._gate_output: Tensor | None = None
+        self._reached: Counter[int] = Counter()
+        self._gated: dict[int, dict[str, Tensor]] = {}  # outputs of a gate or up that wait for the other's
 
     def attach(self, register: RegisterHook) -> None:
-        for role in ("query", "key", "gate", "up"):
-            register(self._layers[role].module, getattr(self, f"_see_{role}"), "forward")
+        def see(rows: Rows, hook: Callable, *args) -> None:
+            register(rows.layer.module, partial(hook, *args), "forward")
 
-    def _see_query(self, _module, _args, output: Tensor) -> None:
-        self._add("query", self._rows(output).square().sum(dim=0))
+        self._rows.attach(register)
+        attention = self._map.attention
+        for role, rows, norm in _scored(attention):
+            see(rows, self._see_scored, role, rows, norm)
+        if attention.output_norm is not None:
+            see(attention.output, self._see_normed, "output", attention.output_norm, attention.output.layer)
+        for index, mlp in enumerate(self._map.mlps):
+            see(mlp.gate, self._see_gated, index, "gate")
+            see(mlp.up, self._see_gated, index, "up")
+            if self._map.down_norm is not None:
+                see(mlp.down, self._see_normed, "down", self._map.down_norm, mlp.down.layer)
 
-    def _see_key(self, _module, _args, output: Tensor) -> None:
-        self._add("key", self._rows(output).square().sum(dim=0))
+    @torch.no_grad()
+    def _see_scored(self, role: str, rows: Rows, norm: nn.Module | None, _module, _args, output: Tensor) -> None:
+        counted = rows.of(self._rows.of(rows.layer.name, output)).float()
+        self._add(role, _moments(counted.square(), norm))
+        if role == "query":
+            self._count += len(counted)
 
-    def _see_gate(self, _module, _args, output: Tensor) -> None:
-        self._gate_output = self._rows(output)
+    @torch.no_grad()
+    def _see_normed(self, role: str, norm: nn.Module, layer: LinearLayer, _module, _args, output: Tensor) -> None:
+        self._add(role, _moments(self._rows.of(layer.name, output).float().square(), norm)[1])
 
-    def _see_up(self, _module, _args, output: Tensor) -> None:
-        rows = self._rows(output)
-        for_up, for_gate = sensitivity.gated_moments(self._gate_output, rows)
-        self._gate_output = None
-        self._add("up", for_up)
-        self._add("gate", for_gate)
-        self._count += len(rows)
+    def _see_gated(self, index: int, part: str, _module, _args, output: Tensor) -> None:
+        mlp, seen = self._map.mlps[index], self._gated.setdefault(index, {})
+        rows = getattr(mlp, part)
+        seen[part] = rows.of(self._rows.of(rows.layer.name, output))
+        if len(seen) < 2:
+            return
+        del self._gated[index]
+        name, (gate, up) = rows.layer.name, (seen["gate"], seen["up"])
+        weights = self._rows.weights(name)
+        for_up, for_gate = sensitivity.gated_moments(gate, up, mlp.gated, weights)
+        self._add(("up", index), for_up)
+        self._add(("gate", index), for_gate)
+        squares = torch.ones(len(up), device=up.device) if weights is None else weights.float().square()
+        self._add(("down", index), squares.sum())
+        self._reached[index] += len(up)
 
-    def _rows(self, output: Tensor) -> Tensor:
-        mask = self._token_mask()
-        return (output if mask is None else output[mask.to(output.device)]).reshape(-1, output.shape[-1]).float()
+    def _add(self, key: str | tuple[str, int], total: Tensor) -> None:
+        self._sums[key] = self._sums[key] + total if key in self._sums else total
 
-    def _add(self, role: str, total: Tensor) -> None:
-        self._sums[role] = self._sums[role] + total if role in self._sums else total
-
+    @torch.no_grad()
     def result(self) -> dict[str, Tensor]:
-        mean = {role: total / self._count for role, total in self._sums.items()}
-        down = effective_weight(self._layers["down"])
-        output = effective_weight(self._layers["output"])
-        heads = (self._heads, self._kv_heads)
-        by_role = {
-            "up": sensitivity.gated_sensitivity(mean["up"], down),
-            "gate": sensitivity.gated_sensitivity(mean["gate"], down),
-            "value": sensitivity.value_sensitivity(output, *heads),
-            "query": sensitivity.query_sensitivity(mean["key"], *heads),
-            "key": sensitivity.key_sensitivity(mean["query"], *heads),
+        """c by name of the layer; 0 for an expert that no token has reached, and for all where no token was seen."""
+        if self._count == 0:
+            return {layer.name: _nothing(layer) for layer in self._layers}
+        attention = self._map.attention
+        mean = {key: total / self._count for key, total in self._sums.items()}
+        output = effective_weight(attention.output.layer)
+        ones = torch.ones(len(output), device=output.device)
+        into_stream, from_mlp = mean.get("output", ones), mean.get("down", ones)
+        parts = [*_attention_parts(attention, output, into_stream, mean), (attention.output, into_stream)]
+        for index, mlp in enumerate(self._map.mlps):
+            down, nothing = effective_weight(mlp.down.layer), torch.zeros((), device=output.device)
+            for part in ("up", "gate"):
+                moment = mean.get((part, index), nothing)
+                parts.append((getattr(mlp, part), sensitivity.gated_sensitivity(moment, down, from_mlp)))
+            parts.append((mlp.down, from_mlp * mean.get(("down", index), nothing)))
+        return _by_layer(parts)
+
+    def reached(self) -> dict[str, int]:
+        return {
+            rows.layer.name: self._reached[index]
+            for index, mlp in enumerate(self._map.mlps)
+            for rows in (mlp.gate, mlp.up, mlp.down)
+            if self._rows.expert(rows.layer.name) is not None
         }
-        return {self._layers[role].name: c for role, c in by_role.items()}
 
 
 class BlockPropagation:
     """c_o = E[(∂(z·h)/∂y_o)²], z ~ N(0, I), h the decoder block's output: Gauss-Newton within the block.
 
     The first calibration tokens go through the block once more with gradients, one batch at a time, so the memory is
-    that of one block's backward pass; no gradient leaves the block and no parameter gets one.
+    that of one block's backward pass; no gradient leaves the block and no parameter gets one. The mean is over the
+    tokens of the block, of which those that are not routed to an expert feel nothing of it: how often an expert is
+    used is part of its c.
 
     Args:
         block: the decoder block.
         layers: the linear layers to measure.
         tokens: how many calibration tokens to spend.
-        seed: of z.
+        seed: of the random directions z.
         token_mask: which tokens of the block's output count.
     """
 
@@ -165,11 +322,12 @@ class BlockPropagation:
         seed: int = 0,
         token_mask: TokenMask = every_token,
     ):
-        self._block, self._layers = block, layers
-        self._tokens, self._seed, self._token_mask = tokens, seed, token_mask
+        self._block, self._layers, self._tokens, self._seed = block, layers, tokens, seed
+        self._token_mask = token_mask
         self._generator: torch.Generator | None = None
         self._sums: dict[str, Tensor] = {}
         self._count = 0
+        self._reached = dict.fromkeys(expert_places(block, layers), 0)
         self.measuring = False  # the block runs for gradients: other hooks must not count this pass
 
     def attach(self, register: RegisterHook) -> None:
@@ -178,10 +336,11 @@ class BlockPropagation:
     def _see_block(self, block: nn.Module, args: tuple, kwargs: dict, _output) -> None:
         if self.measuring or self._count >= self._tokens:
             return
-        outputs: dict[str, Tensor] = {}
+        # Edges of the graph, because the block may change an output in place (OLMo clips queries).
+        edges: dict[str, GradientEdge] = {}
         handles = [
             layer.module.register_forward_hook(
-                lambda _module, _args, output, name=layer.name: outputs.__setitem__(name, output)
+                lambda _module, _args, output, name=layer.name: edges.__setitem__(name, get_gradient_edge(output))
             )
             for layer in self._layers
         ]
@@ -197,18 +356,123 @@ class BlockPropagation:
                 direction = sensitivity.random_direction(hidden, self._generator)
                 if (mask := self._token_mask()) is not None:
                     direction = direction * mask.to(direction).unsqueeze(-1)
-                gradients = torch.autograd.grad(hidden, list(outputs.values()), direction)
+                gradients = torch.autograd.grad(hidden, list(edges.values()), direction, allow_unused=True)
         finally:
             self.measuring = False
             for handle in handles:
                 handle.remove()
-        for name, gradient in zip(outputs, gradients, strict=True):
+        for name, gradient in zip(edges, gradients, strict=True):
+            if gradient is None:  # of an expert whose output nothing uses
+                continue
             total = sensitivity.square_gradient_sum(gradient)
             self._sums[name] = self._sums[name] + total if name in self._sums else total
+            if name in self._reached:
+                self._reached[name] += int((gradient != 0).any(dim=-1).sum())
         self._count += hidden.numel() // hidden.shape[-1] if mask is None else int(mask.sum())
 
     def result(self) -> dict[str, Tensor]:
-        return {name: total / self._count for name, total in self._sums.items()}
+        """c by name of the layer; 0 for an expert that no token has reached."""
+        return {
+            layer.name: self._sums[layer.name] / self._count if layer.name in self._sums else _nothing(layer)
+            for layer in self._layers
+        }
+
+    def reached(self) -> dict[str, int]:
+        """By the name of every expert's layer, how many tokens its c was measured on."""
+        return self._reached
+
+
+@torch.no_grad()
+def expert_weight_sensitivity(layer: LinearLayer, layers: list[LinearLayer]) -> Tensor:
+    """c of a layer of an expert that too few tokens reach, from its consumer's weights (paper, eq. 2), fp32 [out].
+
+    Args:
+        layer: one of the expert's layers.
+        layers: every linear layer of the block, pruned or not.
+
+    Raises:
+        EfxError: the expert is not of the form gate_proj, up_proj, down_proj.
+    """
+    path = layer.name.rpartition(".")[0]
+    down = next((other for other in layers if other.name == f"{path}.down_proj"), None)
+    if down is layer:
+        return torch.ones(layer.base.out_features, device=layer.base.weight.device)
+    if down is None or down.base.in_features != layer.base.out_features:
+        raise EfxError(
+            f"fewer than {MIN_EXPERT_TOKENS} calibration tokens reach {path}, and nothing tells what consumes "
+            f"{layer.name}: calibrate on more text or add the expert to ignore"
+        )
+    return sensitivity.column_energy(effective_weight(down))
+
+
+# What the weights and the activations have in common: c of each role from moments of the others.
+
+
+def _scored(attention: Attention) -> list[tuple[str, Rows, nn.Module | None]]:
+    """The two roles that meet in the attention scores, and what normalizes them."""
+    return [("query", attention.query, attention.query_norm), ("key", attention.key, attention.key_norm)]
+
+
+def _attention_parts(
+    attention: Attention, output: Tensor, into_stream: Tensor, moments: Mapping[str, Tensor]
+) -> list[tuple[Rows, Tensor]]:
+    """c of q, k and v.
+
+    Args:
+        output: weight of o_proj, [hidden, heads · d].
+        into_stream: what an output of o_proj is worth, [hidden].
+        moments: of "query" and "key" the pair of `_moments`.
+    """
+    heads, rotary_dim = (attention.heads, attention.kv_heads), attention.rotary_dim
+    (query, query_slope), (key, key_slope) = moments["query"], moments["key"]
+    return [
+        (attention.query, query_slope * sensitivity.query_sensitivity(key, *heads, rotary_dim)),
+        (attention.key, key_slope * sensitivity.key_sensitivity(query, *heads, rotary_dim)),
+        (attention.value, sensitivity.value_sensitivity(output, *heads, into_stream)),
+    ]
+
+
+def _moments(squares: Tensor, norm: nn.Module | None) -> Tensor:
+    """Sums over tokens of what `squares` [tokens, out] of outputs are behind the norm, and of its squared slopes;
+    fp32 [2, out]."""
+    if norm is None:
+        energy = squares.sum(dim=0)
+        return torch.stack([energy, torch.full_like(energy, len(squares))])
+    gain = _gain(norm, squares.new_ones(norm.weight.numel()))
+    return torch.stack(sensitivity.normalized_moments(squares, gain))
+
+
+def _gain(norm: nn.Module | None, ones: Tensor) -> Tensor:
+    """|gain| of each channel of a norm, of the shape and device of `ones`, whatever the norm adds to its parameter.
+
+    It is what the norm does to a vector whose mean is 0 and whose mean square is 1, whichever of the two it looks at.
+    """
+    if norm is None:
+        return ones
+    probe = ones.clone()
+    probe[1::2] = -1
+    apply = norm
+    if any(isinstance(parameter, DTensor) for parameter in norm.parameters()):  # FSDP2 gathers them in forward passes
+        whole = {name: read_parameter(parameter) for name, parameter in norm.named_parameters()}
+        apply = partial(functional_call, norm, whole)
+    return ((apply(probe) - apply(-probe)) / 2).float().abs()
+
+
+def _nothing(layer: LinearLayer) -> Tensor:
+    return torch.zeros(layer.base.out_features, device=layer.base.weight.device)
+
+
+def _row_energies(rows: Rows) -> Tensor:
+    return effective_weight(rows.layer)[rows.start : rows.stop].square().sum(dim=1)
+
+
+def _by_layer(parts: list[tuple[Rows, Tensor]]) -> dict[str, Tensor]:
+    """c of whole layers from c of their parts."""
+    result: dict[str, Tensor] = {}
+    for rows, c in parts:
+        layer = rows.layer
+        rows.of(result.setdefault(layer.name, c.new_zeros(layer.base.out_features))).copy_(c)
+    return result
 
 
 def _with_gradient(arguments: tuple | dict) -> tuple | dict:

@@ -1,49 +1,63 @@
 """The engine: one decoder block from calibration hooks to pruned and repaired weights.
 
-The modifier and the training callback drive it; they differ in who runs the model, not in what happens to a block.
+The modifier and the training callback drive it; they differ in who runs the model and in where a decision is stored,
+not in what happens to a block.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
+from compressed_tensors.utils import is_match
+from loguru import logger
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from efx_plugin.arguments import PruningArguments
 from efx_plugin.errors import EfxError
-from efx_plugin.method.importance import foresight_scores, magnitude_saliency, wanda_saliency
-from efx_plugin.method.masks import n_of_m_mask, pooled_masks, row_mask
+from efx_plugin.method.importance import foresight_scores, magnitude_saliency, update_average, wanda_saliency
+from efx_plugin.method.masks import allocate, n_of_m_mask, pooled_masks, row_mask
 from efx_plugin.method.statistics import InputStatistics
-from efx_plugin.method.surgeon import output_error, repair_weights
-from efx_plugin.model.adapters import LinearLayer, absorb, effective_weight
+from efx_plugin.method.surgeon import adapter_update, output_error, paper_update, repair_weights, updated_weight
+from efx_plugin.method.sweep import obs_mask
+from efx_plugin.model.adapters import LinearLayer, absorb, effective_weight, stacked_adapter
+from efx_plugin.model.distributed import all_reduce_sum, broadcast, gather_objects, world
 from efx_plugin.model.propagation import (
     ActivationPropagation,
     BlockPropagation,
     NoPropagation,
     RegisterHook,
     TokenMask,
+    WeightPropagation,
     every_token,
 )
 
+# Errors of a layer are reported from this many of its rows, or a few more: each row costs a product with the Gram.
+MEASURED_ROWS = 256
+
 
 @dataclass(frozen=True)
-class PruningSettings:
-    """How to prune; the fields are the arguments of `EfficientXpertModifier` of the same names.
+class Decision:
+    """What is to become of one linear layer.
 
-    `n_of_m` is the parsed mask structure: None, or (n, m) to prune n of every m consecutive inputs.
+    Attributes:
+        keep: mask, bool [out, in], True where a weight is kept.
+        weight: the pruned and repaired effective weight, fp32 [out, in], zero where `keep` is False.
+        update: what repair "paper" or "adapter" adds to B, fp32 [out, rank of all adapters]; None for other repairs.
     """
 
-    sparsity: float
-    n_of_m: tuple[int, int] | None
-    saliency: Literal["magnitude", "wanda"]
-    propagation: Literal["none", "activation", "block"]
-    comparison_group: Literal["row", "matrix", "block"]
-    floor: float
-    repair: Literal["none", "weights"]
-    repair_steps: int
-    dampening_frac: float
-    propagation_tokens: int
-    seed: int
+    keep: Tensor
+    weight: Tensor
+    update: Tensor | None
+
+
+# Stores a decision in the model.
+Store = Callable[[LinearLayer, Decision], None]
+
+
+def store_in_base(layer: LinearLayer, decision: Decision) -> None:
+    """The pruned weight into the base layer, and nothing left in its adapters."""
+    absorb(layer, decision.weight)
 
 
 @dataclass(frozen=True)
@@ -53,19 +67,41 @@ class PrunedLayer:
     Attributes:
         name: its name.
         size: number of weights.
-        zeros: number of weights that are zero now.
-        relative_error: calibration error of its output relative to the energy of the output, None where only input
-            energies were kept.
+        zeros: number of weights that were pruned.
+        relative_error: calibration error of its output relative to the energy of the output, over rows spread evenly;
+            None where only input energies were kept.
+        gain: fraction of the masked layer's error that the repair took away, None where nothing was repaired or
+            only input energies were kept.
     """
 
     name: str
     size: int
     zeros: int
     relative_error: float | None
+    gain: float | None
 
     @property
     def sparsity(self) -> float:
         return self.zeros / self.size
+
+
+def layer_sparsities(layers: list[LinearLayer], arguments: PruningArguments) -> dict[str, float]:
+    """The sparsity that the arguments give to each layer by name.
+
+    Raises:
+        EfxError: a layer matches no key of a mapping.
+    """
+    if not isinstance(arguments.sparsity, dict):
+        return {layer.name: arguments.sparsity for layer in layers}
+    found = {}
+    for layer in layers:
+        matches = (value for key, value in arguments.sparsity.items() if is_match(layer.name, layer.base, key))
+        if (value := next(matches, None)) is None:
+            raise EfxError(
+                f"no key of sparsity {arguments.sparsity} matches {layer.name}: add one, or ignore the layer"
+            )
+        found[layer.name] = value
+    return found
 
 
 class BlockPruner:
@@ -77,8 +113,13 @@ class BlockPruner:
         block: the decoder block.
         layers: the targeted linear layers inside it.
         others: its other linear layers, which may consume the targeted ones' outputs.
-        settings: how to prune.
+        arguments: how to prune.
+        sparsities: fraction to prune by name of the layer; None takes those of the arguments.
         token_mask: which tokens to calibrate on.
+        sensitivities: c by name of the layer where they were measured beforehand, as "fisher" is; None measures them
+            here, and "fisher" then falls back to "block".
+        averages: running scores, fp32 [out, in] by name of the layer, to average the new ones into; empty at the first
+            refresh, and kept by the caller. None takes the new scores alone.
     """
 
     def __init__(
@@ -88,19 +129,29 @@ class BlockPruner:
         block: nn.Module,
         layers: list[LinearLayer],
         others: list[LinearLayer],
-        settings: PruningSettings,
+        arguments: PruningArguments,
+        *,
+        sparsities: Mapping[str, float] | None = None,
         token_mask: TokenMask = every_token,
+        sensitivities: Mapping[str, Tensor] | None = None,
+        averages: dict[str, Tensor] | None = None,
     ):
-        self.name, self.layers, self.settings = name, layers, settings
-        self._token_mask = token_mask
+        self.name, self.layers, self.arguments = name, layers, arguments
+        self._sparsities = layer_sparsities(layers, arguments) if sparsities is None else sparsities
+        self._token_mask, self._averages = token_mask, averages
         self._statistics: dict[str, InputStatistics] = {}
         self._last: tuple[Tensor, InputStatistics] | None = None
-        if settings.propagation == "activation":
-            self._propagation = ActivationPropagation(model, name, layers + others, token_mask)
-        elif settings.propagation == "block":
-            self._propagation = BlockPropagation(block, layers, tokens=settings.propagation_tokens, seed=settings.seed)
-        else:
+        self._known = sensitivities
+        if not arguments.uses_propagation or sensitivities is not None:
             self._propagation = NoPropagation()
+        elif arguments.propagation == "weight":
+            self._propagation = WeightPropagation(model, name, layers + others)
+        elif arguments.propagation == "activation":
+            self._propagation = ActivationPropagation(model, name, layers + others, token_mask)
+        else:
+            self._propagation = BlockPropagation(
+                block, layers, tokens=arguments.propagation_tokens, seed=arguments.seed, token_mask=token_mask
+            )
 
     @property
     def calibrated(self) -> bool:
@@ -127,72 +178,217 @@ class BlockPruner:
                 return
         own = self._statistics.get(name)
         if own is None:
-            full = self.settings.repair != "none"
-            own = InputStatistics(inputs.shape[-1], full=full, device=inputs.device)
+            own = InputStatistics(inputs.shape[-1], full=self.arguments.uses_grams, device=inputs.device)
             self._statistics[name] = own
         mask = self._token_mask()
         own.update(inputs if mask is None else inputs[mask.to(inputs.device)])
         self._last = (inputs, own)
 
     @torch.no_grad()
-    def prune(self, progress: str | None = None) -> list[PrunedLayer]:
+    def prune(self, progress: str | None = None, store: Store = store_in_base) -> list[PrunedLayer]:
         """Score, mask, repair and store every layer; the statistics are freed.
+
+        Of several processes each has to call it, at the same point; each decides on some of the layers for all.
 
         Args:
             progress: label of the progress bar; None shows none.
+            store: where decisions go.
 
         Raises:
-            EfxError: a layer saw no calibration data, or its statistics are not finite.
+            EfxError: a layer saw no calibration data, its statistics are not finite, or it has no adapter to repair.
         """
         self._last = None
+        tokens = max((one.count for one in self._statistics.values()), default=0)
+        self._reduce_statistics()
         self._require_finite_statistics()
-        masks = self._masks()
+        sensitivities = self._sensitivities(tokens)
+        masks, sparsities = self._pooled(sensitivities)
+        rank, processes = world()
         results = []
-        for layer in self.layers if progress is None else tqdm(self.layers, desc=progress):
+        for index, layer in enumerate(self.layers if progress is None else tqdm(self.layers, desc=progress)):
             statistics = self._statistics.pop(layer.name)
-            results.append(self._prune_layer(layer, masks.pop(layer.name), statistics))
+            weight = effective_weight(layer)
+            keep = masks.pop(layer.name, None)
+            owner = index % processes
+            if rank == owner:
+                if keep is None:
+                    keep = self._mask(layer, weight, statistics, sparsities[layer.name], sensitivities.get(layer.name))
+                decision, errors = self._repair(layer, weight, keep, statistics)
+            else:
+                decision, errors = self._blank(layer, weight), torch.empty(3)
+            self._broadcast(layer, decision, errors, owner)
+            del weight, statistics
+            store(layer, decision)
+            results.append(_result(layer, decision.keep, errors.tolist()))
         return results
 
-    def _prune_layer(self, layer: LinearLayer, keep: Tensor, statistics: InputStatistics) -> PrunedLayer:
-        weight = effective_weight(layer)
-        if self.settings.repair == "weights":
-            gram = statistics.gram
+    def _sensitivities(self, tokens: int) -> Mapping[str, Tensor]:
+        """Their mean over the tokens of all processes, of which this one saw `tokens`."""
+        if self._known is not None:
+            return self._known
+        share = tokens / float(all_reduce_sum(torch.tensor(float(tokens))))
+        return {name: all_reduce_sum(c * share) for name, c in self._propagation.result().items()}
+
+    def _scores(self, layer: LinearLayer, sensitivity: Tensor | None, weight: Tensor | None = None) -> Tensor:
+        weight = effective_weight(layer) if weight is None else weight
+        if self.arguments.saliency == "magnitude":
+            return foresight_scores(magnitude_saliency(weight), sensitivity)
+        return foresight_scores(wanda_saliency(weight, self._statistics[layer.name].energy), sensitivity)
+
+    def _pooled(self, sensitivities: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Masks where matrices compete for every entry, and sparsities, which they may compete for as well."""
+        arguments, masks, sparsities = self.arguments, {}, dict(self._sparsities)
+        by_entry = arguments.comparison_group == "block"
+        if arguments.n_of_m is not None or (arguments.allocation == "uniform" and not by_entry):
+            return masks, sparsities
+        for sparsity in dict.fromkeys(self._sparsities.values()):
+            layers = [layer for layer in self.layers if self._sparsities[layer.name] == sparsity]
+            scores = [self._scores(layer, sensitivities.get(layer.name)) for layer in layers]
+            if by_entry:
+                self._average_pool(layers, scores)
+                for layer, keep in zip(layers, pooled_masks(scores, sparsity, arguments.floor), strict=True):
+                    broadcast(keep, 0)
+                    masks[layer.name] = keep
+            else:
+                shares = torch.tensor(allocate(scores, sparsity, arguments.floor), dtype=torch.float64)
+                broadcast(shares, 0)
+                sparsities |= {layer.name: share for layer, share in zip(layers, shares.tolist(), strict=True)}
+        return masks, sparsities
+
+    def _mask(
+        self,
+        layer: LinearLayer,
+        weight: Tensor,
+        statistics: InputStatistics,
+        sparsity: float,
+        sensitivity: Tensor | None,
+    ) -> Tensor:
+        arguments = self.arguments
+        if arguments.saliency == "obs":
+            try:
+                return obs_mask(
+                    weight,
+                    statistics.gram,
+                    sparsity,
+                    sensitivity=sensitivity,
+                    group=arguments.comparison_group,
+                    n_of_m=arguments.n_of_m,
+                    dampening_frac=arguments.dampening_frac,
+                    **self._average_of(layer, weight),
+                )
+            except ValueError as error:
+                raise EfxError(f"{layer.name}: {error}") from error
+        saliency = (
+            magnitude_saliency(weight)
+            if arguments.saliency == "magnitude"
+            else wanda_saliency(weight, statistics.energy)
+        )
+        scores = [foresight_scores(saliency, sensitivity)]
+        self._average_pool([layer], scores)
+        if arguments.n_of_m is not None:
+            return n_of_m_mask(scores[0], *arguments.n_of_m)
+        if arguments.comparison_group == "row":
+            return row_mask(scores[0], sparsity)
+        return pooled_masks(scores, sparsity, arguments.floor)[0]
+
+    def _average_pool(self, layers: list[LinearLayer], scores: list[Tensor]) -> None:
+        """Blend scores of matrices that compete into their running averages, each refresh with a mean of one."""
+        if self._averages is None:
+            return
+        mean = sum(float(score.sum()) for score in scores) / sum(score.numel() for score in scores)
+        for index, layer in enumerate(layers):
+            new = scores[index] / mean if mean > 0 else scores[index]
+            old = self._averages.get(layer.name)
+            if old is not None:
+                new = update_average(old, new, self.arguments.ema)
+            scores[index] = self._averages[layer.name] = new
+
+    def _average_of(self, layer: LinearLayer, weight: Tensor) -> dict[str, Tensor | float]:
+        """The same for the sweep, which blends as it goes."""
+        if self._averages is None:
+            return {}
+        momentum = self.arguments.ema if layer.name in self._averages else 1.0
+        return {
+            "average": self._averages.setdefault(layer.name, torch.zeros_like(weight)),
+            "momentum": momentum,
+        }
+
+    def _repair(
+        self, layer: LinearLayer, weight: Tensor, keep: Tensor, statistics: InputStatistics
+    ) -> tuple[Decision, Tensor]:
+        """The decision, and three errors of the layer's output: with no weight at all, masked, and repaired."""
+        arguments, update = self.arguments, None
+        masked = weight * keep
+        if arguments.repair == "none":
+            pruned = masked
+        elif arguments.repair == "weights":
             pruned = repair_weights(
                 weight,
                 keep,
-                gram,
-                steps=self.settings.repair_steps,
-                dampening_frac=self.settings.dampening_frac,
+                statistics.gram,
+                steps=arguments.repair_steps,
+                dampening_frac=arguments.dampening_frac,
             )
-            energy = output_error(weight, torch.zeros_like(weight), gram).sum()
-            error = float(output_error(weight, pruned, gram).sum() / energy) if energy > 0 else 0.0
         else:
-            pruned, error = weight * keep, None
-        absorb(layer, pruned)
-        return PrunedLayer(layer.name, weight.numel(), int((layer.base.weight == 0).sum()), error)
-
-    def _masks(self) -> dict[str, Tensor]:
-        settings, sensitivities = self.settings, self._propagation.result()
-        scores = {}
-        for layer in self.layers:
-            weight = effective_weight(layer)
-            if settings.saliency == "wanda":
-                saliency = wanda_saliency(weight, self._statistics[layer.name].energy)
+            adapter = stacked_adapter(layer)
+            if adapter is None:
+                raise EfxError(
+                    f"repair {arguments.repair!r} moves a LoRA adapter and {layer.name} has none: prune the model with "
+                    "its adapter not merged yet, or set repair to 'weights'"
+                )
+            damping = {"dampening_frac": arguments.dampening_frac}
+            if arguments.repair == "paper":
+                update = paper_update(weight, keep, statistics.energy, adapter, kappa=arguments.kappa, **damping)
             else:
-                saliency = magnitude_saliency(weight)
-            scores[layer.name] = foresight_scores(saliency, sensitivities.get(layer.name))
-        if settings.n_of_m is not None:
-            return {name: n_of_m_mask(score, *settings.n_of_m) for name, score in scores.items()}
-        match settings.comparison_group:
-            case "row":
-                return {name: row_mask(score, settings.sparsity) for name, score in scores.items()}
-            case "matrix":
-                return {
-                    name: pooled_masks([score], settings.sparsity, settings.floor)[0] for name, score in scores.items()
-                }
-            case "block":
-                pooled = pooled_masks(list(scores.values()), settings.sparsity, settings.floor)
-                return dict(zip(scores, pooled, strict=True))
+                update = adapter_update(weight, keep, statistics.gram, adapter, steps=arguments.repair_steps, **damping)
+            pruned = updated_weight(weight, keep, update, adapter)
+        errors = torch.full((3,), torch.nan)
+        if statistics.full:
+            rows = slice(None, None, max(1, len(weight) // MEASURED_ROWS))
+            gram = statistics.gram
+            for index, other in enumerate((torch.zeros_like(weight), masked, pruned)):
+                errors[index] = output_error(weight[rows], other[rows], gram).sum()
+        return Decision(keep, pruned, update), errors
+
+    def _blank(self, layer: LinearLayer, weight: Tensor) -> Decision:
+        """Where another process's decision goes."""
+        update = None
+        if self.arguments.repair in ("paper", "adapter"):
+            update = weight.new_empty(len(weight), len(stacked_adapter(layer)))
+        return Decision(torch.empty_like(weight, dtype=torch.bool), torch.empty_like(weight), update)
+
+    def _broadcast(self, layer: LinearLayer, decision: Decision, errors: Tensor, owner: int) -> None:
+        if world()[1] == 1:
+            return
+        tensors = [decision.keep, decision.weight]
+        tensors += [] if decision.update is None else [decision.update]
+        if self._averages is not None and self.arguments.comparison_group != "block":
+            tensors.append(self._averages.setdefault(layer.name, torch.zeros_like(decision.weight)))
+        # nccl sends from the device only.
+        errors_there = errors.to(decision.weight.device)
+        for tensor in (*tensors, errors_there):
+            broadcast(tensor, owner)
+        errors.copy_(errors_there)
+
+    def _reduce_statistics(self) -> None:
+        """Sums over all processes. Processes that saw nothing of a layer learn from the others which layers share."""
+        if world()[1] == 1:
+            return
+        names = [layer.name for layer in self.layers]
+        firsts: dict[int, str] = {}
+        here = {name: firsts.setdefault(id(one), name) for name, one in self._statistics.items()}
+        shared_with: dict[str, str] = {}
+        for there in gather_objects(here):
+            shared_with = there | shared_with
+        for layer in self.layers:
+            if layer.name in shared_with and layer.name not in self._statistics:
+                first = self._statistics.get(shared_with[layer.name])
+                self._statistics[layer.name] = first or InputStatistics(
+                    layer.base.in_features, full=self.arguments.uses_grams, device=layer.base.weight.device
+                )
+        for name in names:
+            if shared_with.get(name) == name:
+                self._statistics[name].all_reduce()
 
     def _require_finite_statistics(self) -> None:
         for layer in self.layers:
@@ -207,3 +403,18 @@ class BlockPruner:
                     f"the calibration inputs of {layer.name} contain NaN or infinity: check the model's weights and "
                     "calibrate in bfloat16 or float32"
                 )
+            if self.arguments.uses_grams and statistics.count < layer.base.in_features:
+                logger.warning(
+                    f"{layer.name} has {layer.base.in_features} inputs and saw {statistics.count} calibration tokens: "
+                    "with fewer tokens than inputs the repair fits noise, use more calibration data"
+                )
+
+
+def _result(layer: LinearLayer, keep: Tensor, errors: list[float]) -> PrunedLayer:
+    energy, masked, repaired = errors
+    if energy != energy:
+        relative = gain = None
+    else:
+        relative = repaired / energy if energy > 0 else 0.0
+        gain = 1 - repaired / masked if masked > 0 else 0.0
+    return PrunedLayer(layer.name, keep.numel(), keep.numel() - int(keep.sum()), relative, gain)

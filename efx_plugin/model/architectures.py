@@ -1,0 +1,472 @@
+"""Who consumes whose output in a decoder block, by architecture.
+
+A table names the layers of the architectures that were checked by hand. For any other a map is generated from the
+names, shapes and norms in the block; where those allow more than one reading, the architecture is refused.
+"""
+
+import ast
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from efx_plugin.errors import EfxError
+from efx_plugin.model.adapters import LinearLayer
+
+
+@dataclass(frozen=True)
+class PropagationMap:
+    """The parts of a decoder block with rotary attention and a gated MLP, by their names inside it.
+
+    v is consumed by o through the heads of its group, q and k by each other through the attention scores, gate and up
+    by down, o by gate and up of the same block; down feeds the residual stream. Layers that share a name are fused: in
+    the rows of the one matrix they follow one another in the order of these fields.
+
+    Attributes:
+        query, key, value, output: linear layers of the attention.
+        mlp: the gated MLP, or a pattern (`re:`, matched whole) that names each expert.
+        gate, up, down: its linear layers, inside it.
+        query_norm, key_norm: normalize queries and keys before rotary embedding.
+        output_norm, down_norm: normalize what o and down add to the residual stream.
+        mlp_norm: normalizes what gate and up read from the residual stream.
+    """
+
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    output: str = "self_attn.o_proj"
+    mlp: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    query_norm: str | None = None
+    key_norm: str | None = None
+    output_norm: str | None = None
+    mlp_norm: str | None = "post_attention_layernorm"
+    down_norm: str | None = None
+
+
+_QK_NORMS = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
+_NORMS_BEHIND = {
+    "output_norm": "post_attention_layernorm",
+    "mlp_norm": None,
+    "down_norm": "post_feedforward_layernorm",
+}
+_NORMS_AROUND = _NORMS_BEHIND | {"mlp_norm": "pre_feedforward_layernorm"}
+
+PROPAGATION_MAPS = {
+    "LlamaForCausalLM": PropagationMap(),
+    "MistralForCausalLM": PropagationMap(),
+    "Qwen2ForCausalLM": PropagationMap(),
+    "Qwen3ForCausalLM": PropagationMap(**_QK_NORMS),
+    "Gemma2ForCausalLM": PropagationMap(**_NORMS_AROUND),
+    "Gemma3ForCausalLM": PropagationMap(**_QK_NORMS, **_NORMS_AROUND),
+    "Phi3ForCausalLM": PropagationMap(
+        query="self_attn.qkv_proj",
+        key="self_attn.qkv_proj",
+        value="self_attn.qkv_proj",
+        gate="gate_up_proj",
+        up="gate_up_proj",
+    ),
+    "OlmoForCausalLM": PropagationMap(),
+    "Olmo2ForCausalLM": PropagationMap(**_QK_NORMS, **_NORMS_BEHIND),
+    # Experts as llm-compressor makes linear layers of them; a Qwen3-MoE may have dense blocks among the others.
+    "MixtralForCausalLM": PropagationMap(mlp=r"re:mlp\.experts\.\d+"),
+    "Qwen3MoeForCausalLM": PropagationMap(mlp=r"re:mlp(\.experts\.\d+)?", **_QK_NORMS),
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Outputs `start` to `stop` of a linear layer: all of them, or the part that one role has in a fused layer."""
+
+    layer: LinearLayer
+    start: int
+    stop: int
+
+    def of(self, outputs: Tensor) -> Tensor:
+        """Their share of a tensor [..., out]."""
+        return outputs[..., self.start : self.stop]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of a block; `rotary_dim` is how many of the channels of a head are rotated, the first ones."""
+
+    query: Rows
+    key: Rows
+    value: Rows
+    output: Rows
+    heads: int
+    kv_heads: int
+    rotary_dim: int
+    query_norm: nn.Module | None
+    key_norm: nn.Module | None
+    output_norm: nn.Module | None
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """An MLP down(gated(gate(x), up(x))), dense or one expert of several.
+
+    Attributes:
+        gated: the function between, entry by entry, of the outputs of gate and up.
+    """
+
+    gate: Rows
+    up: Rows
+    down: Rows
+    module: nn.Module
+
+    @property
+    def gated(self) -> Callable[[Tensor, Tensor], Tensor]:
+        if (apply_gate := getattr(self.module, "_apply_gate", None)) is not None:  # an expert of llm-compressor's
+            return lambda gate, up: apply_gate(torch.cat([gate, up], dim=-1))
+        (activation,) = _activations(self.module)
+        return lambda gate, up: activation(gate) * up
+
+
+@dataclass(frozen=True)
+class BlockMap:
+    """A `PropagationMap` resolved in one decoder block.
+
+    Attributes:
+        mlps: the one dense MLP, or all experts.
+        mlps_per_token: how many of them a token goes through.
+        mlp_norm, down_norm: see `PropagationMap`.
+    """
+
+    attention: Attention
+    mlps: tuple[GatedMLP, ...]
+    mlps_per_token: int
+    mlp_norm: nn.Module | None
+    down_norm: nn.Module | None
+
+
+class _Unfit(Exception):
+    """Why a map does not fit, as a clause to stand after the name of the architecture."""
+
+
+def block_map(model: nn.Module, block: str, layers: list[LinearLayer]) -> BlockMap:
+    """The registered map of the model's class, else a generated one, resolved and checked by shapes.
+
+    Args:
+        model: the transformers model.
+        block: name of the decoder block.
+        layers: every linear layer of the block, pruned or not.
+
+    Raises:
+        EfxError: no map fits, or more than one would.
+    """
+    architecture = type(model).__name__
+    by_name = {layer.name.removeprefix(block + "."): layer for layer in layers}
+    module = model.get_submodule(block)
+    try:
+        if any(parameter.dim() == 3 for parameter in module.parameters()):
+            raise _Unfit("whose experts are fused into one tensor, which llm-compressor's linearize_moe takes apart")
+        names = PROPAGATION_MAPS.get(architecture) or generate_map(module, by_name)
+        return _resolve(names, module, by_name, model.config.get_text_config())
+    except _Unfit as reason:
+        raise EfxError(
+            f"there is no propagation map for {architecture}, {reason} ({block}): use propagation 'block' or 'fisher', "
+            "which need none"
+        ) from None
+
+
+# ------------------------------------------------------------------------------------------------ resolving
+
+
+def _resolve(names: PropagationMap, block: nn.Module, by_name: dict[str, LinearLayer], config) -> BlockMap:
+    attention = _attention(names, block, by_name, config)
+    parents = dict.fromkeys(name.rpartition(".")[0] for name in by_name)
+    paths = [path for path in parents if _matches(path, names.mlp)]
+    if not paths:
+        raise _Unfit(f"which has no linear layers at {names.mlp}")
+    mlps = tuple(_gated_mlp(names, path, block, by_name) for path in paths)
+    _check_layers(attention, mlps, by_name)
+    return BlockMap(
+        attention=attention,
+        mlps=mlps,
+        mlps_per_token=1 if len(mlps) == 1 else config.num_experts_per_tok,
+        mlp_norm=_module(block, names.mlp_norm),
+        down_norm=_module(block, names.down_norm),
+    )
+
+
+def _attention(names: PropagationMap, block: nn.Module, by_name: dict[str, LinearLayer], config) -> Attention:
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if heads % kv_heads:
+        raise _Unfit(f"whose {heads} query heads do not share {kv_heads} key-value heads evenly")
+    query, key, value = _split(
+        by_name,
+        [(names.query, heads * width), (names.key, kv_heads * width), (names.value, kv_heads * width)],
+    )
+    norms = {role: _module(block, getattr(names, role)) for role in ("query_norm", "key_norm")}
+    for norm, rows in zip(norms.values(), (query, key), strict=True):
+        if norm is not None and norm.weight.shape not in ((width,), (rows.stop - rows.start,)):
+            raise _Unfit(f"where a norm of shape {tuple(norm.weight.shape)} fits neither a head nor all of them")
+    rotary_dim = int(width * _partial_rotary_factor(config))
+    if rotary_dim % 2:
+        raise _Unfit(f"whose heads have {rotary_dim} channels to rotate in pairs")
+    return Attention(
+        query=query,
+        key=key,
+        value=value,
+        output=_whole(by_name, names.output),
+        heads=heads,
+        kv_heads=kv_heads,
+        rotary_dim=rotary_dim,
+        output_norm=_module(block, names.output_norm),
+        **norms,
+    )
+
+
+def _gated_mlp(names: PropagationMap, path: str, block: nn.Module, by_name: dict[str, LinearLayer]) -> GatedMLP:
+    down = _whole(by_name, f"{path}.{names.down}")
+    width = down.layer.base.in_features
+    gate, up = _split(by_name, [(f"{path}.{names.gate}", width), (f"{path}.{names.up}", width)])
+    module = block.get_submodule(path)
+    if not hasattr(module, "_apply_gate") and len(_activations(module)) != 1:
+        raise _Unfit(f"in whose {path} the activation function is not clear")
+    return GatedMLP(gate, up, down, module)
+
+
+def _check_layers(attention: Attention, mlps: Iterable[GatedMLP], by_name: dict[str, LinearLayer]) -> None:
+    """Every layer has a role, and every layer's inputs are as wide as what it consumes."""
+    hidden = attention.output.stop
+    widths = {attention.output.layer: attention.query.stop - attention.query.start}
+    widths |= {rows.layer: hidden for rows in (attention.query, attention.key, attention.value)}
+    for mlp in mlps:
+        widths |= {mlp.gate.layer: hidden, mlp.up.layer: hidden, mlp.down.layer: mlp.up.stop - mlp.up.start}
+        if mlp.down.stop != hidden:
+            raise _Unfit(f"whose {mlp.down.layer.name} has {mlp.down.stop} outputs, not {hidden}")
+    for name, layer in by_name.items():
+        if layer not in widths:
+            raise _Unfit(f"where nothing is known of the consumers of {name}")
+        if layer.base.in_features != widths[layer]:
+            raise _Unfit(f"whose {name} has {layer.base.in_features} inputs, not {widths[layer]}")
+
+
+def _split(by_name: dict[str, LinearLayer], roles: list[tuple[str, int]]) -> list[Rows]:
+    """Rows of layers (name, number of outputs); those that share a layer one after the other."""
+    taken = dict.fromkeys((name for name, _ in roles), 0)
+    rows = []
+    for name, size in roles:
+        rows.append(Rows(_layer(by_name, name), taken[name], taken[name] + size))
+        taken[name] += size
+    for name, size in taken.items():
+        if by_name[name].base.out_features != size:
+            raise _Unfit(f"whose {name} has {by_name[name].base.out_features} outputs, not {size}")
+    return rows
+
+
+def _whole(by_name: dict[str, LinearLayer], name: str) -> Rows:
+    layer = _layer(by_name, name)
+    return Rows(layer, 0, layer.base.out_features)
+
+
+def _layer(by_name: dict[str, LinearLayer], name: str) -> LinearLayer:
+    if name not in by_name:
+        raise _Unfit(f"which has no linear layer {name}")
+    return by_name[name]
+
+
+def _module(block: nn.Module, name: str | None) -> nn.Module | None:
+    if name is None:
+        return None
+    try:
+        return block.get_submodule(name)
+    except AttributeError:
+        raise _Unfit(f"which has no {name}") from None
+
+
+def _matches(path: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern.removeprefix("re:"), path) is not None
+    return path == pattern
+
+
+def _partial_rotary_factor(config) -> float:
+    """Of all layers: rope parameters may be kept by the type of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    groups = [group for group in parameters.values() if isinstance(group, dict)] or [parameters]
+    factors = {group.get("partial_rotary_factor", 1.0) for group in groups}
+    if len(factors) > 1:
+        raise _Unfit("whose layers rotate different parts of a head")
+    return factors.pop()
+
+
+def _activations(mlp: nn.Module) -> list[nn.Module]:
+    return [child for child in mlp.children() if not _has_state(child)]
+
+
+# ----------------------------------------------------------------------------------------------- generating
+
+
+# The names that one role has in different models. Fused layers are not among them: nothing but the code of a model
+# tells in which order their rows are (by role, or by head and then by role).
+_PROJECTIONS = {
+    "query": re.compile(r"q(_proj|_lin)?|wq|query(_proj)?"),
+    "key": re.compile(r"k(_proj|_lin)?|wk|key(_proj)?"),
+    "value": re.compile(r"v(_proj|_lin)?|wv|value(_proj)?"),
+}
+_GATED = {"gate": re.compile(r"gate(_proj)?"), "up": re.compile(r"up(_proj)?")}
+
+# Where the norms of a block are, by the names of all of them.
+_NORM_LAYOUTS = {
+    frozenset({"input_layernorm", "post_attention_layernorm"}): {},
+    frozenset({"post_attention_layernorm", "post_feedforward_layernorm"}): _NORMS_BEHIND,
+    frozenset(
+        {"input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"}
+    ): _NORMS_AROUND,
+}
+
+
+def generate_map(block: nn.Module, by_name: dict[str, LinearLayer]) -> PropagationMap:
+    """The map of a decoder block that no table knows.
+
+    Linear layers are taken by module: one with layers named after q, k and v and one more, which consumes them, is
+    the attention; one with layers named after gate and up and one more is an MLP. Nothing else with parameters may be
+    in the block but norms in a known layout and a router.
+
+    Args:
+        block: the decoder block.
+        by_name: every linear layer in it, by its name inside the block.
+
+    Raises:
+        _Unfit: the block has anything that could be read in another way.
+    """
+    leaves: dict[str, list[str]] = {}
+    for name in by_name:
+        parent, _, leaf = name.rpartition(".")
+        leaves.setdefault(parent, []).append(leaf)
+    attentions, mlps = {}, {}
+    for parent, names in leaves.items():
+        if roles := _roles(names, _PROJECTIONS, "output"):
+            attentions[parent] = roles
+        elif roles := _roles(names, _GATED, "down"):
+            mlps[parent] = roles
+        else:
+            raise _Unfit(f"where the roles of {', '.join(names)} in {parent or 'the block'} are not clear")
+    if len(attentions) != 1 or not mlps:
+        raise _Unfit(f"whose blocks have {len(attentions)} attentions and {len(mlps)} gated MLPs of linear layers")
+    ((attention, projections),) = attentions.items()
+    _check_attention(block.get_submodule(attention), projections)
+    pattern = _mlp_pattern(block, mlps)
+    found = PropagationMap(
+        **{role: f"{attention}.{leaf}" for role, leaf in projections.items()},
+        **next(iter(mlps.values())),
+        mlp=pattern,
+        **_norm_layout(block, {attention.partition(".")[0], next(iter(mlps)).partition(".")[0]}),
+    )
+    if hasattr(block.get_submodule(attention), "q_norm"):
+        found = replace(found, query_norm=f"{attention}.q_norm", key_norm=f"{attention}.k_norm")
+    if pattern.startswith("re:") and found.down_norm is not None:
+        raise _Unfit("whose experts are normalized together")
+    return found
+
+
+def _roles(leaves: list[str], spellings: dict[str, re.Pattern], consumer: str) -> dict[str, str] | None:
+    found = {role: [leaf for leaf in leaves if spelling.fullmatch(leaf)] for role, spelling in spellings.items()}
+    rest = [leaf for leaf in leaves if not any(leaf in matching for matching in found.values())]
+    if any(len(matching) != 1 for matching in found.values()) or len(rest) != 1:
+        return None
+    return {role: matching[0] for role, matching in found.items()} | {consumer: rest[0]}
+
+
+def _check_attention(attention: nn.Module, projections: dict[str, str]) -> None:
+    others = _others(attention, projections.values())
+    if others not in (set(), {"q_norm", "k_norm"}):
+        raise _Unfit(f"whose attention has {', '.join(sorted(others))} as well")
+    for name in others:
+        weight = getattr(attention.get_submodule(name), "weight", None)
+        if weight is None or weight.dim() != 1:
+            raise _Unfit(f"in whose attention {name} is no norm of a known kind")
+    # A rotary embedding mixes channels j and j + d/2 in most models, and 2j and 2j + 1 in others.
+    rotate_half = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
+    if rotate_half is None or rotate_half(torch.arange(4.0)).tolist() != [-2, -3, 0, 1]:
+        raise _Unfit("whose rotary embedding is not the usual one")
+    if not _rotates_last_and_always(attention):
+        raise _Unfit("whose attention rotates queries and keys not at all, in some layers only, or before their norms")
+
+
+def _rotates_last_and_always(attention: nn.Module) -> bool:
+    """Whether `forward` rotates queries and keys unconditionally, once, and not before it normalizes them.
+
+    Only the code tells: neither names nor shapes show that Exaone 4 and SmolLM3 rotate in some of their layers.
+    """
+    try:
+        source = textwrap.dedent(inspect.getsource(type(attention).forward))
+    except (OSError, TypeError):
+        return False
+    statements = ast.parse(source).body[0].body
+    rotations = [
+        index
+        for index, statement in enumerate(statements)
+        if isinstance(statement, ast.Assign)
+        and isinstance(statement.value, ast.Call)
+        and getattr(statement.value.func, "id", None) == "apply_rotary_pos_emb"
+    ]
+    norms = [
+        index
+        for index, statement in enumerate(statements)
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Attribute) and node.attr in ("q_norm", "k_norm")
+    ]
+    return len(rotations) == 1 and all(index < rotations[0] for index in norms)
+
+
+def _mlp_pattern(block: nn.Module, mlps: dict[str, dict[str, str]]) -> str:
+    first, *rest = mlps
+    expert = re.fullmatch(r"(.+)\.experts\.\d+", first)
+    if expert is None:
+        if rest:
+            raise _Unfit(f"whose blocks have the MLPs {', '.join(mlps)}")
+        if others := _others(block.get_submodule(first), mlps[first].values()):
+            raise _Unfit(f"whose {first} has {', '.join(sorted(others))} as well")
+        return first
+    pattern = rf"re:{re.escape(expert[1])}\.experts\.\d+"
+    if not all(_matches(path, pattern) and hasattr(block.get_submodule(path), "_apply_gate") for path in mlps):
+        raise _Unfit("whose experts are not alike, or not those that llm-compressor makes")
+    if len(others := _others(block.get_submodule(expert[1]), ["experts"])) > 1:  # one is the router
+        raise _Unfit(f"whose {expert[1]} has {', '.join(sorted(others))} as well")
+    return pattern
+
+
+def _norm_layout(block: nn.Module, sublayers: set[str]) -> dict[str, str | None]:
+    norms = frozenset(_others(block, sublayers))
+    if norms not in _NORM_LAYOUTS:
+        raise _Unfit(f"whose blocks have {', '.join(sorted(norms)) or 'no norms'} beside attention and MLP")
+    return _NORM_LAYOUTS[norms]
+
+
+def _others(module: nn.Module, known: Iterable[str]) -> set[str]:
+    """Names of direct children and parameters that are not known and may change what passes through."""
+    children = {name for name, child in module.named_children() if _has_state(child)}
+    return (children | {name for name, _ in module.named_parameters(recurse=False)}) - set(known)
+
+
+def _has_state(module: nn.Module) -> bool:
+    """Norms count whether or not they have a gain."""
+    return next(module.parameters(), None) is not None or type(module).__name__.endswith("Norm")
+
+
+# -------------------------------------------------------------------------------------------------- experts
+
+
+def expert_places(block: nn.Module, layers: list[LinearLayer]) -> dict[str, tuple[str, int]]:
+    """By the names of linear layers that belong to an expert: the path in the block of the list of experts, and the
+    place of the expert in it."""
+    paths = {module: path for path, module in block.named_modules()}
+    places = {}
+    for layer in layers:
+        if match := re.match(r"(.*\bexperts)\.(\d+)\.", paths[layer.module]):
+            places[layer.name] = (match[1], int(match[2]))
+    return places

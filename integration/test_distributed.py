@@ -1,0 +1,35 @@
+"""Several processes prune as one would on all of the data (torch.distributed with gloo)."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.integration
+
+POINTS = {
+    "the defaults": {},
+    "pooled entries": {"saliency": "wanda", "comparison_group": "block", "propagation": "activation", "repair": "none"},
+}
+
+
+def run(processes: int, directory, arguments: dict) -> list[dict[str, torch.Tensor]]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += ["-m", "integration.distributed_prune", str(directory), json.dumps(arguments)]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300)
+    return [load_file(directory / f"{processes}-{rank}.safetensors") for rank in range(processes)]
+
+
+@pytest.mark.parametrize("arguments", POINTS.values(), ids=POINTS)
+def test_two_processes_prune_as_one_on_all_the_data(tmp_path, arguments):
+    (alone,) = run(1, tmp_path, arguments)
+    first, second = run(2, tmp_path, arguments)
+    for name, weight in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        # Sums over the data in another order may tip entries whose scores are equal to seven digits.
+        assert ((first[name] == 0) != (weight == 0)).sum() <= 2, name
+        assert torch.linalg.vector_norm(first[name] - weight) < 0.03 * torch.linalg.vector_norm(weight), name
