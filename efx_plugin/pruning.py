@@ -7,6 +7,7 @@ import datasets
 import torch
 import yaml
 from llmcompressor import oneshot
+from llmcompressor.modeling.moe.linearize import repack_moe
 from llmcompressor.recipe import Recipe
 from peft import PeftModel
 from pydantic import ValidationError
@@ -70,6 +71,7 @@ def prune_to_checkpoint(
     )
     if isinstance(network, PeftModel):
         network = merge_adapters(network)
+    network = repack_moe(network)  # oneshot takes experts apart to calibrate them
     metadata = {
         "base_model": model.resolve().name,
         "calibration": f"{len(calibration)} sequences of {length} tokens from {dataset.name}",

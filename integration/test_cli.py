@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from efx_plugin.checkpoint import load_sparse, save_sparse
 from efx_plugin.cli import main
+from efx_plugin.errors import EfxError
 from integration.assets import save_tiny_llama, tiny_tokenizer
+from integration.tiny_models import tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
@@ -84,6 +86,7 @@ def assert_refused(result, output, *words):
         ("expert_50", "sparse-bitmask"),
         ("expert_2of4", "sparse-24-bitmask"),
         ("expert_50_w8a8", "sparse-bitmask"),
+        ("published_50", "sparse-bitmask"),
     ],
 )
 def test_prune_writes_a_sparse_expert_with_its_adapter_merged(model, text, tmp_path, recipe, layout):
@@ -116,6 +119,24 @@ def test_prune_writes_a_sparse_expert_with_its_adapter_merged(model, text, tmp_p
     projections = [p for name, p in expert.named_parameters() if "_proj" in name]
     zeros = sum(int((p == 0).sum()) for p in projections) / sum(p.numel() for p in projections)
     assert abs(zeros - 0.5) < 0.002
+
+
+@pytest.mark.parametrize("architecture", ["Mixtral", "Qwen3Moe"])
+def test_a_mixture_of_experts_comes_back_with_the_zeros_of_its_experts(text, tmp_path, architecture):
+    """llm-compressor takes experts apart to calibrate them; stored, they are whole again, and dense."""
+    tiny_model(architecture, linearize=False, vocab_size=128).save_pretrained(tmp_path / "moe")
+    tiny_tokenizer().save_pretrained(tmp_path / "moe")
+    result = efx_prune(tmp_path / "moe", tmp_path / "pruned", text, RECIPES / "expert_50.yaml")
+    assert result.returncode == 0, result.stderr
+    experts = [p for name, p in load_sparse(tmp_path / "pruned").named_parameters() if ".experts." in name]
+    assert experts
+    for weight in experts:
+        assert (weight == 0).float().mean() > 0.3
+
+
+def test_experts_taken_apart_are_not_stored_so(tmp_path):
+    with pytest.raises(EfxError, match=r"experts are still taken apart.*repack_moe\(model\) first"):
+        save_sparse(tiny_model("Mixtral"), tmp_path / "moe")
 
 
 @pytest.mark.parametrize("recipe", ["wanda_50", "sparsegpt_50"])

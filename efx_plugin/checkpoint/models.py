@@ -91,6 +91,12 @@ def refuse_unmerged(model: object) -> None:
         raise EfxError("The model still carries an adapter; save what efx_plugin.merge_adapters(model) returns.")
     if not isinstance(model, PreTrainedModel):
         raise EfxError(f"save_sparse takes a transformers PreTrainedModel, not {type(model).__name__}.")
+    # So is llm-compressor, which calibrates experts one by one; transformers cannot load them back like that.
+    if any(base.__name__ == "LinearExperts2D" for module in model.modules() for base in type(module).__mro__):
+        raise EfxError(
+            "The model's experts are still taken apart as llm-compressor calibrates them; call "
+            "llmcompressor.modeling.moe.linearize.repack_moe(model) first."
+        )
     by_compressed_tensors = any(hasattr(module, "quantization_scheme") for module in model.modules())
     if getattr(model.config, "quantization_config", None) is not None and not by_compressed_tensors:
         raise EfxError(

@@ -20,7 +20,7 @@ class InputStatistics:
     def __init__(self, features: int, *, full: bool = True, device: torch.device | str | None = None):
         shape = (features, features) if full else (features,)
         self._sum = torch.zeros(shape, dtype=torch.float32, device=device)
-        self.count = 0
+        self.features, self.count = features, 0
 
     @property
     def full(self) -> bool:

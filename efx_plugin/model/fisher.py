@@ -58,16 +58,16 @@ class FisherStatistics:
     def _see(self, name: str, _module: nn.Module, args: tuple, output: Tensor) -> None:
         # Of the two forward passes under gradient checkpointing only one's output is part of the graph, and a hook on
         # a tensor runs once for each time that its gradient is computed.
-        if not output.requires_grad:
-            return
-        mask = self._token_mask()
-        if mask is not None and output.shape[:-1] != mask.shape:
-            mask = None  # a layer of experts sees a list of tokens that no mask describes
-        self.inputs[name].update(_masked(args[0].detach(), mask))
-        output.register_hook(partial(self._see_gradient, name, mask))
+        if output.requires_grad:
+            output.register_hook(partial(self._see_gradient, name, args[0].detach(), self._token_mask()))
 
-    def _see_gradient(self, name: str, mask: Tensor | None, gradient: Tensor) -> None:
-        self.sums[name] += square_gradient_sum(_masked(gradient, mask))
+    def _see_gradient(self, name: str, inputs: Tensor, mask: Tensor | None, gradient: Tensor) -> None:
+        if mask is not None:
+            # An expert sees a list of tokens; those that are not its own, or are padding, get no gradient.
+            rows = mask if gradient.shape[:-1] == mask.shape else gradient.any(dim=-1)
+            inputs, gradient = (tensor[rows.to(tensor.device)] for tensor in (inputs, gradient))
+        self.inputs[name].update(inputs)
+        self.sums[name] += square_gradient_sum(gradient)
 
     def result(self) -> "Fisher":
         """The means over the tokens of all processes."""
@@ -75,12 +75,11 @@ class FisherStatistics:
         sensitivities = {name: all_reduce_sum(total) / count.to(total.device) for name, total in self.sums.items()}
         for inputs in self.inputs.values():
             inputs.all_reduce()
-        energies = {name: inputs.energy for name, inputs in self.inputs.items() if inputs.count}
+        energies = {
+            name: inputs.energy if inputs.count else torch.zeros(inputs.features)  # no token reached it
+            for name, inputs in self.inputs.items()
+        }
         return Fisher(sensitivities, energies)
-
-
-def _masked(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    return tokens if mask is None else tokens[mask.to(tokens.device)]
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,16 @@ from efx_plugin.method.sweep import obs_mask
 from efx_plugin.model.adapters import LinearLayer, absorb, effective_weight, stacked_adapter
 from efx_plugin.model.distributed import all_reduce_sum, broadcast, gather_objects, world
 from efx_plugin.model.propagation import (
+    MIN_EXPERT_TOKENS,
     ActivationPropagation,
     BlockPropagation,
+    CountedRows,
     NoPropagation,
     RegisterHook,
     TokenMask,
     WeightPropagation,
     every_token,
+    expert_weight_sensitivity,
 )
 
 # Errors of a layer are reported from this many of its rows, or a few more: each row costs a product with the Gram.
@@ -138,9 +141,12 @@ class BlockPruner:
     ):
         self.name, self.layers, self.arguments = name, layers, arguments
         self._sparsities = layer_sparsities(layers, arguments) if sparsities is None else sparsities
-        self._token_mask, self._averages = token_mask, averages
+        self._averages = averages
+        self._block_layers = layers + others
+        self._rows = CountedRows(block, layers, token_mask)
         self._statistics: dict[str, InputStatistics] = {}
-        self._last: tuple[Tensor, InputStatistics] | None = None
+        self._last: tuple[Tensor, tuple[str, int] | None, InputStatistics] | None = None
+        self._starved: set[str] = set()
         self._known = sensitivities
         if not arguments.uses_propagation or sensitivities is not None:
             self._propagation = NoPropagation()
@@ -159,6 +165,7 @@ class BlockPruner:
 
     def attach(self, register: RegisterHook) -> None:
         """Hook the block; `register(module, hook, hook_type, **kwargs)` as llm-compressor's HooksMixin has it."""
+        self._rows.attach(register)
         for layer in self.layers:
             register(
                 layer.module,
@@ -171,18 +178,19 @@ class BlockPruner:
     def _see_input(self, name: str, inputs: Tensor) -> None:
         if self._propagation.measuring:
             return
-        # q, k and v read the same tensor, and so do gate and up: one Gram serves them all.
-        if self._last is not None and self._last[0] is inputs:
-            shared = self._last[1]
+        # q, k and v read the same tensor, and so do gate and up: one Gram serves them all. Experts may read the same
+        # tensor too, but each counts rows of its own.
+        expert = self._rows.expert(name)
+        if self._last is not None and self._last[0] is inputs and self._last[1] == expert:
+            shared = self._last[2]
             if self._statistics.setdefault(name, shared) is shared:
                 return
         own = self._statistics.get(name)
         if own is None:
             own = InputStatistics(inputs.shape[-1], full=self.arguments.uses_grams, device=inputs.device)
             self._statistics[name] = own
-        mask = self._token_mask()
-        own.update(inputs if mask is None else inputs[mask.to(inputs.device)])
-        self._last = (inputs, own)
+        own.update(self._rows.of(name, inputs))
+        self._last = (inputs, expert, own)
 
     @torch.no_grad()
     def prune(self, progress: str | None = None, store: Store = store_in_base) -> list[PrunedLayer]:
@@ -200,13 +208,14 @@ class BlockPruner:
         self._last = None
         tokens = max((one.count for one in self._statistics.values()), default=0)
         self._reduce_statistics()
+        self._starved = self._starved_experts()
         self._require_finite_statistics()
         sensitivities = self._sensitivities(tokens)
         masks, sparsities = self._pooled(sensitivities)
         rank, processes = world()
         results = []
         for index, layer in enumerate(self.layers if progress is None else tqdm(self.layers, desc=progress)):
-            statistics = self._statistics.pop(layer.name)
+            statistics = self._statistics.pop(layer.name, None)
             weight = effective_weight(layer)
             keep = masks.pop(layer.name, None)
             owner = index % processes
@@ -242,7 +251,13 @@ class BlockPruner:
         if arguments.n_of_m is not None or (arguments.allocation == "uniform" and not by_entry):
             return masks, sparsities
         for sparsity in dict.fromkeys(self._sparsities.values()):
-            layers = [layer for layer in self.layers if self._sparsities[layer.name] == sparsity]
+            layers = [
+                layer
+                for layer in self.layers
+                if self._sparsities[layer.name] == sparsity and layer.name not in self._starved
+            ]
+            if not layers:
+                continue
             scores = [self._scores(layer, sensitivities.get(layer.name)) for layer in layers]
             if by_entry:
                 self._average_pool(layers, scores)
@@ -263,8 +278,10 @@ class BlockPruner:
         sparsity: float,
         sensitivity: Tensor | None,
     ) -> Tensor:
-        arguments = self.arguments
-        if arguments.saliency == "obs":
+        arguments, starved = self.arguments, layer.name in self._starved
+        if starved and arguments.uses_propagation:
+            sensitivity = expert_weight_sensitivity(layer, self._block_layers)
+        if arguments.saliency == "obs" and not starved:
             try:
                 return obs_mask(
                     weight,
@@ -280,7 +297,7 @@ class BlockPruner:
                 raise EfxError(f"{layer.name}: {error}") from error
         saliency = (
             magnitude_saliency(weight)
-            if arguments.saliency == "magnitude"
+            if arguments.saliency == "magnitude" or starved
             else wanda_saliency(weight, statistics.energy)
         )
         scores = [foresight_scores(saliency, sensitivity)]
@@ -319,6 +336,10 @@ class BlockPruner:
         """The decision, and three errors of the layer's output: with no weight at all, masked, and repaired."""
         arguments, update = self.arguments, None
         masked = weight * keep
+        if layer.name in self._starved:
+            update = self._blank(layer, weight).update
+            update = None if update is None else update.zero_()
+            return Decision(keep, masked, update), torch.full((3,), torch.nan)
         if arguments.repair == "none":
             pruned = masked
         elif arguments.repair == "weights":
@@ -390,8 +411,31 @@ class BlockPruner:
             if shared_with.get(name) == name:
                 self._statistics[name].all_reduce()
 
+    def _starved_experts(self) -> set[str]:
+        """Layers of experts that too few tokens of all processes reach; they are scored by their weights alone."""
+        places = {layer.name: place for layer in self.layers if (place := self._rows.expert(layer.name)) is not None}
+        if not places:
+            return set()
+        reached, known = self._propagation.reached(), self._known or {}
+        counts = torch.tensor([reached.get(name, MIN_EXPERT_TOKENS) for name in places])
+        starved = set()
+        for (name, place), count in zip(places.items(), all_reduce_sum(counts).tolist(), strict=True):
+            seen = self._statistics[name].count if name in self._statistics else 0
+            unmeasured = name in known and not known[name].any()  # Fisher, on fewer tokens than the calibration has
+            if min(seen, count) < MIN_EXPERT_TOKENS or unmeasured:
+                starved.add(place)
+        if starved:
+            logger.warning(
+                f"fewer than {MIN_EXPERT_TOKENS} calibration tokens reach {len(starved)} of the "
+                f"{len(set(places.values()))} experts of {self.name}, such as number {min(starved)[1]}: these "
+                "are pruned by the norms of their weights and not repaired, calibrate on more text"
+            )
+        return {name for name, place in places.items() if place in starved}
+
     def _require_finite_statistics(self) -> None:
         for layer in self.layers:
+            if layer.name in self._starved:
+                continue
             statistics = self._statistics.get(layer.name)
             if statistics is None or statistics.count == 0:
                 raise EfxError(

@@ -108,7 +108,7 @@ def prune_in_sequence(
                     averages=averages,
                 )
                 with ExitStack() as hooks:
-                    pruner.attach(partial(_register, hooks))
+                    pruner.attach(partial(register_hook, hooks))
                     for run in runs:
                         forward(name, run)
                 results += pruner.prune(store=store)
@@ -185,9 +185,9 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _register(hooks: ExitStack, module: nn.Module, hook: Callable, _kind: str, **kwargs: Any) -> None:
-    """A forward hook that lasts until the stack closes."""
-    hooks.callback(module.register_forward_hook(hook, **kwargs).remove)
+def register_hook(hooks: ExitStack, module: nn.Module, hook: Callable, kind: str, **kwargs: Any) -> None:
+    """A hook ("forward" or "forward_pre") that lasts until the stack closes."""
+    hooks.callback(getattr(module, f"register_{kind}_hook")(hook, **kwargs).remove)
 
 
 @contextmanager
