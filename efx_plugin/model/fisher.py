@@ -125,14 +125,28 @@ def measure_fisher(
                 mask = mask & batch["loss_mask"].to(mask.device).bool()
             current["mask"] = mask
             logits = model(input_ids=ids, attention_mask=attended, use_cache=False).logits
-            losses = nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
-            )
-            (losses * mask[:, 1:].flatten()).sum().backward()
+            logits.backward(_loss_gradient(logits, ids, mask))
+            del logits
             count = int(mask.sum())
             statistics.see_tokens(count)
             progress.update(min(count, tokens - progress.n))
     return statistics.result()
+
+
+@torch.no_grad()
+def _loss_gradient(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """The gradient of the summed negative log-likelihood of the tokens that count, softmax minus one-hot.
+
+    Only a few tokens at a time are held in fp32: the logits of a long sequence are among the largest tensors there are.
+    """
+    gradient = torch.zeros_like(logits)
+    for first in range(0, logits.shape[1] - 1, 64):
+        last = min(first + 64, logits.shape[1] - 1)
+        part = logits[:, first:last].float().softmax(dim=-1)
+        targets = ids[:, first + 1 : last + 1].to(part.device).unsqueeze(-1)
+        part.scatter_add_(-1, targets, part.new_full(targets.shape, -1))
+        gradient[:, first:last] = part.mul_(mask[:, first + 1 : last + 1].to(part.device).unsqueeze(-1))
+    return gradient
 
 
 @contextmanager
