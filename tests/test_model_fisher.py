@@ -5,6 +5,7 @@ from peft import LoraConfig, get_peft_model
 from efx_plugin.model.adapters import linear_layers
 from efx_plugin.model.fisher import measure_fisher
 from integration.assets import tiny_llama
+from integration.tiny_models import tiny_model
 
 
 def batches(count=3, length=24, batch=2):
@@ -46,8 +47,14 @@ def by_hand(model, data):
     return {name: total / count for name, total in sums.items()}
 
 
-def test_sensitivities_are_the_mean_squared_gradients_of_the_loss():
-    model, data = tiny_llama(), batches()
+@pytest.mark.parametrize(
+    "make",
+    [tiny_llama, lambda: tiny_llama(tie_word_embeddings=True), lambda: tiny_model("Gemma2", vocab_size=128)],
+    ids=["Llama", "tied", "Gemma2, capped logits"],
+)
+@pytest.mark.parametrize("length", [24, 80])
+def test_sensitivities_are_the_mean_squared_gradients_of_the_loss(make, length):
+    model, data = make(), batches(length=length)
     fisher = measure_fisher(model, layers_of(model), data, tokens=10**6)
     expected = by_hand(model, data)
     assert set(fisher.sensitivities) == set(expected)

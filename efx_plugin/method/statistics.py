@@ -19,32 +19,32 @@ class InputStatistics:
 
     def __init__(self, features: int, *, full: bool = True, device: torch.device | str | None = None):
         shape = (features, features) if full else (features,)
-        self._sum = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.sum = torch.zeros(shape, dtype=torch.float32, device=device)
         self.features, self.count = features, 0
 
     @property
     def full(self) -> bool:
-        return self._sum.dim() == 2
+        return self.sum.dim() == 2
 
     def update(self, inputs: Tensor) -> None:
         """Add a batch of inputs, shape [..., in], any floating dtype."""
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
         if self.full:
-            self._sum.addmm_(rows.T, rows)
+            self.sum.addmm_(rows.T, rows)
         else:
-            self._sum.add_(rows.square().sum(dim=0))
+            self.sum.add_(rows.square().sum(dim=0))
         self.count += rows.shape[0]
 
     def merge(self, other: "InputStatistics") -> None:
         """Add what `other` has seen, as if its batches had been passed to `update` here."""
-        self._sum.add_(other._sum.to(self._sum.device))
+        self.sum.add_(other.sum.to(self.sum.device))
         self.count += other.count
 
     def all_reduce(self) -> None:
         """Add what every other process of torch.distributed has seen; nothing where there is one."""
         if dist.is_available() and dist.is_initialized():
-            count = torch.tensor(self.count, device=self._sum.device)
-            dist.all_reduce(self._sum)
+            count = torch.tensor(self.count, device=self.sum.device)
+            dist.all_reduce(self.sum)
             dist.all_reduce(count)
             self.count = int(count)
 
@@ -68,4 +68,4 @@ class InputStatistics:
     def _mean(self) -> Tensor:
         if self.count == 0:
             raise ValueError("no calibration input was seen")
-        return self._sum / self.count
+        return self.sum / self.count

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # Rows are worked on in chunks of this many numbers, which bounds the memory beside weights and results.
-CHUNK = 2**21
+CHUNK = 2**19
 # Conjugate gradients stop early once the squared residual of every row has fallen to this fraction.
 TOLERANCE = 1e-7
 
@@ -175,7 +175,7 @@ def paper_update(
     shared = kappa * shared + damping * torch.eye(rank, dtype=shared.dtype, device=shared.device)
     if kappa == 1:
         solution = torch.linalg.solve(shared, weighted).float().T
-        for rows in _chunks(len(weight), 4 * weight.shape[1]):  # a masked copy that fits the cache
+        for rows in _chunks(len(weight), weight.shape[1]):  # a masked copy that fits the cache
             torch.matmul(_pruned_part(weight[rows], keep[rows]), solution, out=update[rows])
         return update.neg_()
     # The systems of all rows at once: a product of the mask with the distinct products of two rows of A.
@@ -183,7 +183,7 @@ def paper_update(
     pairs = (weighted[first] * lora_a[second]).T
     place = torch.empty(rank, rank, dtype=torch.long, device=weight.device)
     place[first, second] = place[second, first] = torch.arange(len(first), device=weight.device)
-    for rows in _chunks(len(weight), 4 * max(weight.shape[1], rank**2)):
+    for rows in _chunks(len(weight), max(weight.shape[1], rank**2)):
         pruned = (~keep[rows]).double()
         own = (pruned @ pairs)[:, place]
         update[rows] = -torch.linalg.solve(shared + (1 - kappa) * own, (pruned * weight[rows]) @ weighted.T)

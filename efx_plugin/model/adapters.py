@@ -73,7 +73,7 @@ def linear_layers(model: nn.Module) -> list[LinearLayer]:
 def effective_weight(layer: LinearLayer) -> Tensor:
     """U = W + Σ s·B A over the active adapters that are not merged yet, fp32 [out, in]."""
     weight = read_parameter(layer.base.weight).to(torch.float32, copy=True)
-    for adapter in _active_adapters(layer):
+    for adapter in active_adapters(layer):
         lora_a = read_parameter(layer.module.lora_A[adapter].weight).float()
         lora_b = read_parameter(layer.module.lora_B[adapter].weight).float()
         weight = torch.addmm(weight, lora_b, lora_a, alpha=layer.module.scaling[adapter])
@@ -84,7 +84,7 @@ def stacked_adapter(layer: LinearLayer) -> Tensor | None:
     """A' = s·A of the active adapters, one below the other, fp32 [rank of all, in]; None where there is none."""
     parts = [
         layer.module.scaling[adapter] * read_parameter(layer.module.lora_A[adapter].weight).float()
-        for adapter in _active_adapters(layer)
+        for adapter in active_adapters(layer)
     ]
     return torch.cat(parts) if parts else None
 
@@ -96,7 +96,7 @@ def add_to_adapter(layer: LinearLayer, update: Tensor) -> None:
     Args:
         update: [out, rank of all].
     """
-    adapters = _active_adapters(layer)
+    adapters = active_adapters(layer)
     for adapter, part in zip(adapters, update.split([layer.module.r[name] for name in adapters], dim=1), strict=True):
         lora_b = layer.module.lora_B[adapter]
         write_parameter(lora_b, read_parameter(lora_b.weight).float() + part)
@@ -106,7 +106,7 @@ def add_to_adapter(layer: LinearLayer, update: Tensor) -> None:
 def absorb(layer: LinearLayer, weight: Tensor) -> None:
     """Store `weight` [out, in] in the base layer, rounded once to its dtype, and zero B of the active adapters."""
     write_parameter(layer.base, weight)
-    for adapter in _active_adapters(layer):
+    for adapter in active_adapters(layer):
         lora_b = layer.module.lora_B[adapter]
         write_parameter(lora_b, torch.zeros_like(lora_b.weight))
 
@@ -150,13 +150,14 @@ def merge_adapters(model: PeftModel, masks: Mapping[str, Tensor] | None = None) 
         if name not in layers or mask.shape != layers[name].base.weight.shape:
             raise EfxError(f"the mask {name!r} of shape {tuple(mask.shape)} fits no linear layer of the model")
     for name, layer in layers.items():
-        if name in masks or _active_adapters(layer):
+        if name in masks or active_adapters(layer):
             weight = effective_weight(layer)
             absorb(layer, weight * masks[name] if name in masks else weight)
     return model.unload()
 
 
-def _active_adapters(layer: LinearLayer) -> list[str]:
+def active_adapters(layer: LinearLayer) -> list[str]:
+    """The adapters that add to the layer now: switched on, and not merged."""
     module = layer.module
     if not isinstance(module, LoraLayer) or module.disable_adapters:
         return []

@@ -58,20 +58,27 @@ class FisherStatistics:
     def _see(self, name: str, _module: nn.Module, args: tuple, output: Tensor) -> None:
         # Of the two forward passes under gradient checkpointing only one's output is part of the graph, and a hook on
         # a tensor runs once for each time that its gradient is computed.
-        if output.requires_grad:
-            output.register_hook(partial(self._see_gradient, name, args[0].detach(), self._token_mask()))
-
-    def _see_gradient(self, name: str, inputs: Tensor, mask: Tensor | None, gradient: Tensor) -> None:
-        if mask is not None:
+        if not output.requires_grad:
+            return
+        mask, inputs = self._token_mask(), args[0].detach()
+        if mask is not None and output.shape[:-1] != mask.shape:
             # An expert sees a list of tokens; those that are not its own, or are padding, get no gradient.
-            rows = mask if gradient.shape[:-1] == mask.shape else gradient.any(dim=-1)
-            inputs, gradient = (tensor[rows.to(tensor.device)] for tensor in (inputs, gradient))
-        self.inputs[name].update(inputs)
+            output.register_hook(partial(self._see_expert_gradient, name, inputs))
+            return
+        self.inputs[name].update(inputs if mask is None else inputs[mask.to(inputs.device)])
+        output.register_hook(partial(self._see_gradient, name, mask))
+
+    def _see_gradient(self, name: str, mask: Tensor | None, gradient: Tensor) -> None:
+        self.sums[name] += square_gradient_sum(gradient if mask is None else gradient[mask.to(gradient.device)])
+
+    def _see_expert_gradient(self, name: str, inputs: Tensor, gradient: Tensor) -> None:
+        self.inputs[name].update(inputs[gradient.any(dim=-1)])
         self.sums[name] += square_gradient_sum(gradient)
 
     def result(self) -> "Fisher":
         """The means over the tokens of all processes."""
-        count = all_reduce_sum(torch.tensor(float(self.count)))
+        device = next(iter(self.sums.values())).device
+        count = all_reduce_sum(torch.tensor(float(self.count), device=device))
         sensitivities = {name: all_reduce_sum(total) / count.to(total.device) for name, total in self.sums.items()}
         for inputs in self.inputs.values():
             inputs.all_reduce()
@@ -124,29 +131,58 @@ def measure_fisher(
             if "loss_mask" in batch:
                 mask = mask & batch["loss_mask"].to(mask.device).bool()
             current["mask"] = mask
-            logits = model(input_ids=ids, attention_mask=attended, use_cache=False).logits
-            logits.backward(_loss_gradient(logits, ids, mask))
-            del logits
+            _backward(model, ids, attended, mask)
             count = int(mask.sum())
             statistics.see_tokens(count)
             progress.update(min(count, tokens - progress.n))
     return statistics.result()
 
 
-@torch.no_grad()
-def _loss_gradient(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """The gradient of the summed negative log-likelihood of the tokens that count, softmax minus one-hot.
+# Logits are among the largest tensors there are, and some libraries copy a weight for a product: so many tokens, and
+# rows of the output layer, at a time.
+_TOKENS_AT_ONCE, _ROWS_AT_ONCE = 64, 8192
+# What some architectures do to logits behind the output layer.
+_BEHIND_THE_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
-    Only a few tokens at a time are held in fp32: the logits of a long sequence are among the largest tensors there are.
-    """
-    gradient = torch.zeros_like(logits)
-    for first in range(0, logits.shape[1] - 1, 64):
-        last = min(first + 64, logits.shape[1] - 1)
-        part = logits[:, first:last].float().softmax(dim=-1)
-        targets = ids[:, first + 1 : last + 1].to(part.device).unsqueeze(-1)
-        part.scatter_add_(-1, targets, part.new_full(targets.shape, -1))
-        gradient[:, first:last] = part.mul_(mask[:, first + 1 : last + 1].to(part.device).unsqueeze(-1))
-    return gradient
+
+def _backward(model: nn.Module, ids: Tensor, attended: Tensor, mask: Tensor) -> None:
+    """The gradients of the summed negative log-likelihood of the tokens that count."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    if (
+        type(head) is not nn.Linear
+        or head.bias is not None
+        or any(getattr(config, name, None) for name in _BEHIND_THE_HEAD)
+    ):
+        logits = model(input_ids=ids, attention_mask=attended, use_cache=False).logits
+        gradient = torch.zeros_like(logits)
+        for some, targets, counts in _parts(ids, mask):
+            gradient[:, some] = _loss_gradient(logits.detach()[:, some], targets, counts)
+        logits.backward(gradient)
+        return
+    hidden = model.base_model(input_ids=ids, attention_mask=attended, use_cache=False).last_hidden_state
+    gradient = torch.zeros_like(hidden)
+    with torch.no_grad():
+        for some, targets, counts in _parts(ids, mask):
+            rows = head.weight.split(_ROWS_AT_ONCE)
+            of_logits = _loss_gradient(torch.cat([hidden[:, some] @ part.T for part in rows], -1), targets, counts)
+            for part, of_part in zip(rows, of_logits.to(hidden.dtype).split(_ROWS_AT_ONCE, -1), strict=True):
+                gradient[:, some] += of_part @ part
+    hidden.backward(gradient)
+
+
+def _parts(ids: Tensor, mask: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """A few positions at a time, the tokens after them, and which of those count."""
+    for first in range(0, ids.shape[1] - 1, _TOKENS_AT_ONCE):
+        last = min(first + _TOKENS_AT_ONCE, ids.shape[1] - 1)
+        yield slice(first, last), ids[:, first + 1 : last + 1], mask[:, first + 1 : last + 1]
+
+
+def _loss_gradient(logits: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
+    """Softmax minus one-hot, fp32."""
+    gradient = logits.float().softmax(dim=-1)
+    targets = targets.to(gradient.device).unsqueeze(-1)
+    gradient.scatter_add_(-1, targets, gradient.new_full(targets.shape, -1))
+    return gradient.mul_(counts.to(gradient.device).unsqueeze(-1))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from efx_plugin.errors import EfxError
-from efx_plugin.model.adapters import LinearLayer, _active_adapters
+from efx_plugin.model.adapters import LinearLayer, active_adapters
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -141,7 +141,7 @@ def has_dropout(layer: LinearLayer) -> bool:
     """Whether an active adapter of the layer drops inputs, which it cannot under a mask."""
     return any(
         isinstance(dropout := layer.module.lora_dropout[adapter], nn.Dropout) and dropout.p > 0
-        for adapter in _active_adapters(layer)
+        for adapter in active_adapters(layer)
     )
 
 
@@ -158,7 +158,7 @@ def _masked_forward(
         return (previous or partial(type(module).forward, module))(inputs, *args, **kwargs)
     if kwargs.get("adapter_names") is not None:
         raise EfxError(f"{layer.name} is masked and cannot mix adapters in a batch: leave adapter_names out")
-    adapters = _active_adapters(layer)
+    adapters = active_adapters(layer)
     lora_a = [module.lora_A[adapter].weight for adapter in adapters]
     lora_b = [module.lora_B[adapter].weight * module.scaling[adapter] for adapter in adapters]
     if len(adapters) > 1:

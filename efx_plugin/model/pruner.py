@@ -235,7 +235,8 @@ class BlockPruner:
         """Their mean over the tokens of all processes, of which this one saw `tokens`."""
         if self._known is not None:
             return self._known
-        share = tokens / float(all_reduce_sum(torch.tensor(float(tokens))))
+        device = self.layers[0].base.weight.device
+        share = tokens / float(all_reduce_sum(torch.tensor(float(tokens), device=device)))
         return {name: all_reduce_sum(c * share) for name, c in self._propagation.result().items()}
 
     def _scores(self, layer: LinearLayer, sensitivity: Tensor | None, weight: Tensor | None = None) -> Tensor:
@@ -417,7 +418,9 @@ class BlockPruner:
         if not places:
             return set()
         reached, known = self._propagation.reached(), self._known or {}
-        counts = torch.tensor([reached.get(name, MIN_EXPERT_TOKENS) for name in places])
+        counts = torch.tensor(
+            [reached.get(name, MIN_EXPERT_TOKENS) for name in places], device=self.layers[0].base.weight.device
+        )
         starved = set()
         for (name, place), count in zip(places.items(), all_reduce_sum(counts).tolist(), strict=True):
             seen = self._statistics[name].count if name in self._statistics else 0

@@ -50,7 +50,6 @@ from integration.demo import (
     RIVALS,
     ROOT,
     SPARSITY,
-    TRAINING_TOKENS,
     WINDOW,
     calibration_set,
     load,
@@ -93,6 +92,7 @@ PARTS = ("pruning", "repair", "training")
 ROUNDS = 2  # of SmolLM2
 ROUNDS_LLAMA = 1
 REPAIR_ROUNDS = 5
+TRAINING_ROUNDS, TRAINING_TOKENS = 1, 120_000
 REPAIR_LAYER = (1536, 576)  # [out, in]: SmolLM2's gate_proj
 # Below 1 each row has a system of its own. At 1, as published, all rows share one, which a plain loop makes no use of.
 KAPPAS = OWN, SHARED = 0.5, 1.0
@@ -114,7 +114,7 @@ class Subject:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one round of each, SmolLM2 only")
+    parser.add_argument("--quick", action="store_true", help="one round, SmolLM2 only")
     parser.add_argument("--only", choices=PARTS, help="one part; pruning has both seconds and memory")
     args = parser.parse_args()
     parts = (args.only,) if args.only else PARTS
@@ -133,7 +133,7 @@ def main() -> None:
             token_blocks(tokenizer, texts["train"], WINDOW, TRAINING_TOKENS),
             OUTPUT / ("prune-part.json" if args.quick or args.only else "prune.json"),
             parts=parts,
-            rounds=rounds,
+            rounds=TRAINING_ROUNDS,
         )
     except EfxError as error:
         sys.exit(f"error: {error}")
