@@ -5,7 +5,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from efx_plugin.errors import EfxError
-from efx_plugin.model.adapters import LinearLayer, effective_weight, linear_layers, merge_adapters
+from efx_plugin.model.adapters import (
+    LinearLayer,
+    add_to_adapter,
+    effective_weight,
+    linear_layers,
+    merge_adapters,
+    stacked_adapter,
+)
 from integration.assets import tiny_llama
 
 
@@ -108,3 +115,30 @@ def test_what_cannot_be_merged_is_refused():
         merge_adapters(tiny_llama())
     with pytest.raises(EfxError, match=r"mask 'model\.nothing'"):
         merge_adapters(adapted(), {"model.nothing": torch.ones(2, 2)})
+
+
+def test_an_update_of_two_adapters_moves_the_effective_weight_by_its_product_with_both():
+    model = adapted()
+    model.add_adapter("second", LoraConfig(r=3, lora_alpha=9, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.base_model.set_adapter(["default", "second"])
+    layer = layer_of(model, "model.layers.0.mlp.up_proj")
+    stacked, before = stacked_adapter(layer), effective_weight(layer)
+    assert stacked.shape == (4 + 3, 64)
+    update = torch.randn(96, 7, generator=torch.Generator().manual_seed(2))
+    add_to_adapter(layer, update)
+    torch.testing.assert_close(effective_weight(layer), before + update @ stacked)
+    assert stacked_adapter(layer_of(tiny_llama(), "model.layers.0.mlp.up_proj")) is None
+
+
+def test_modules_that_are_trained_whole_are_no_layers_to_prune():
+    model = adapted(target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"])
+    names = [layer.name for layer in linear_layers(model)]
+    assert names == [layer.name for layer in linear_layers(tiny_llama()) if layer.name != "lm_head"]
+
+
+def test_a_quantized_base_weight_is_refused():
+    model = tiny_llama()
+    up = model.model.layers[1].mlp.up_proj
+    up.weight = torch.nn.Parameter(torch.zeros(up.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(EfxError, match=r"layers\.1\.mlp\.up_proj is quantized \(torch\.uint8, as in QLoRA\): load"):
+        linear_layers(model)

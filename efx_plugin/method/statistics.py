@@ -21,6 +21,7 @@ class InputStatistics:
         shape = (features, features) if full else (features,)
         self.sum = torch.zeros(shape, dtype=torch.float32, device=device)
         self.features, self.count = features, 0
+        self._finished = False
 
     @property
     def full(self) -> bool:
@@ -39,6 +40,12 @@ class InputStatistics:
         """Add what `other` has seen, as if its batches had been passed to `update` here."""
         self.sum.add_(other.sum.to(self.sum.device))
         self.count += other.count
+
+    def finish(self) -> None:
+        """Divide the sums by the count in place, so that `gram` is no second copy; nothing can be added afterwards."""
+        if self.count and not self._finished:
+            self.sum.div_(self.count)
+            self._finished = True
 
     def all_reduce(self) -> None:
         """Add what every other process of torch.distributed has seen; nothing where there is one."""
@@ -68,4 +75,4 @@ class InputStatistics:
     def _mean(self) -> Tensor:
         if self.count == 0:
             raise ValueError("no calibration input was seen")
-        return self.sum / self.count
+        return self.sum if self._finished else self.sum / self.count

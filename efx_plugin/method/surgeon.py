@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-# Rows are worked on in chunks of this many numbers, which bounds the memory beside weights and results.
-CHUNK = 2**19
+# Rows are worked on in chunks of this many numbers, or of this many rows where products need them to be fast, which
+# bounds the memory beside weights and results.
+CHUNK, LEAST_ROWS = 2**19, 256
 # Conjugate gradients stop early once the squared residual of every row has fallen to this fraction.
 TOLERANCE = 1e-7
 
@@ -237,6 +238,6 @@ def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def _chunks(rows: int, width: int) -> Iterator[slice]:
-    """Slices of rows that hold about CHUNK numbers of `width` each."""
-    size = max(CHUNK // width, 1)
+    """Slices of rows of `width` numbers each."""
+    size = max(CHUNK // width, LEAST_ROWS)
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from efx_plugin.errors import EfxError
 from efx_plugin.method.sensitivity import square_gradient_sum
 from efx_plugin.method.statistics import InputStatistics
 from efx_plugin.model.adapters import LinearLayer
@@ -76,10 +77,20 @@ class FisherStatistics:
         self.sums[name] += square_gradient_sum(gradient)
 
     def result(self) -> "Fisher":
-        """The means over the tokens of all processes."""
+        """The means over the tokens of all processes.
+
+        Raises:
+            EfxError: a gradient was not finite.
+        """
         device = next(iter(self.sums.values())).device
         count = all_reduce_sum(torch.tensor(float(self.count), device=device))
         sensitivities = {name: all_reduce_sum(total) / count.to(total.device) for name, total in self.sums.items()}
+        for name, sensitivity in sensitivities.items():
+            if not sensitivity.isfinite().all():
+                raise EfxError(
+                    f"the gradients of the loss at {name} contain NaN or infinity: use bfloat16 or float32, and in "
+                    "training a lower rate"
+                )
         for inputs in self.inputs.values():
             inputs.all_reduce()
         energies = {
@@ -126,7 +137,8 @@ def measure_fisher(
         for batch in batches:
             if statistics.count >= tokens:
                 break
-            ids, attended = (batch[name].to(embedding.weight.device) for name in ("input_ids", "attention_mask"))
+            ids = batch["input_ids"].to(embedding.weight.device)
+            attended = batch["attention_mask"].to(ids.device) if "attention_mask" in batch else torch.ones_like(ids)
             mask = attended.bool()
             if "loss_mask" in batch:
                 mask = mask & batch["loss_mask"].to(mask.device).bool()

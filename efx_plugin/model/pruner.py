@@ -210,6 +210,8 @@ class BlockPruner:
         self._reduce_statistics()
         self._starved = self._starved_experts()
         self._require_finite_statistics()
+        for one in self._statistics.values():
+            one.finish()
         sensitivities = self._sensitivities(tokens)
         masks, sparsities = self._pooled(sensitivities)
         rank, processes = world()
@@ -336,13 +338,12 @@ class BlockPruner:
     ) -> tuple[Decision, Tensor]:
         """The decision, and three errors of the layer's output: with no weight at all, masked, and repaired."""
         arguments, update = self.arguments, None
-        masked = weight * keep
         if layer.name in self._starved:
             update = self._blank(layer, weight).update
             update = None if update is None else update.zero_()
-            return Decision(keep, masked, update), torch.full((3,), torch.nan)
+            return Decision(keep, weight * keep, update), torch.full((3,), torch.nan)
         if arguments.repair == "none":
-            pruned = masked
+            pruned = weight * keep
         elif arguments.repair == "weights":
             pruned = repair_weights(
                 weight,
@@ -367,9 +368,9 @@ class BlockPruner:
         errors = torch.full((3,), torch.nan)
         if statistics.full:
             rows = slice(None, None, max(1, len(weight) // MEASURED_ROWS))
-            gram = statistics.gram
-            for index, other in enumerate((torch.zeros_like(weight), masked, pruned)):
-                errors[index] = output_error(weight[rows], other[rows], gram).sum()
+            some, gram = weight[rows], statistics.gram
+            for index, other in enumerate((torch.zeros_like(some), some * keep[rows], pruned[rows])):
+                errors[index] = output_error(some, other, gram).sum()
         return Decision(keep, pruned, update), errors
 
     def _blank(self, layer: LinearLayer, weight: Tensor) -> Decision:
@@ -450,11 +451,20 @@ class BlockPruner:
                     f"the calibration inputs of {layer.name} contain NaN or infinity: check the model's weights and "
                     "calibrate in bfloat16 or float32"
                 )
-            if self.arguments.uses_grams and statistics.count < layer.base.in_features:
-                logger.warning(
-                    f"{layer.name} has {layer.base.in_features} inputs and saw {statistics.count} calibration tokens: "
-                    "with fewer tokens than inputs the repair fits noise, use more calibration data"
-                )
+        if not self.arguments.uses_grams:
+            return
+        short = [
+            layer
+            for layer in self.layers
+            if layer.name not in self._starved and self._statistics[layer.name].count < layer.base.in_features
+        ]
+        if short:
+            first = short[0]
+            logger.warning(
+                f"{first.name} has {first.base.in_features} inputs and saw {self._statistics[first.name].count} "
+                f"calibration tokens ({len(short)} layers of {self.name} in all): with fewer tokens than inputs the "
+                "repair fits noise, use more calibration data"
+            )
 
 
 def _result(layer: LinearLayer, keep: Tensor, errors: list[float]) -> PrunedLayer:
