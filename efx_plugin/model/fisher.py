@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from efx_plugin.errors import EfxError
+from efx_plugin.memory import return_freed_memory
 from efx_plugin.method.sensitivity import square_gradient_sum
 from efx_plugin.method.statistics import InputStatistics
 from efx_plugin.model.adapters import LinearLayer
@@ -147,6 +148,7 @@ def measure_fisher(
             count = int(mask.sum())
             statistics.see_tokens(count)
             progress.update(min(count, tokens - progress.n))
+    return_freed_memory()
     return statistics.result()
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from efx_plugin.arguments import PruningArguments
 from efx_plugin.errors import EfxError
+from efx_plugin.memory import return_freed_memory
 from efx_plugin.method.importance import foresight_scores, magnitude_saliency, update_average, wanda_saliency
 from efx_plugin.method.masks import allocate, n_of_m_mask, pooled_masks, row_mask
 from efx_plugin.method.statistics import InputStatistics
@@ -231,6 +232,7 @@ class BlockPruner:
             del weight, statistics
             store(layer, decision)
             results.append(_result(layer, decision.keep, errors.tolist()))
+        return_freed_memory()
         return results
 
     def _sensitivities(self, tokens: int) -> Mapping[str, Tensor]:
