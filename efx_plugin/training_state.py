@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from efx_plugin.checkpoint.atomic import sync
 from efx_plugin.errors import EfxError
 
 
@@ -33,9 +34,9 @@ def write_state(path: Path, tensors: dict[str, Tensor], values: dict[str, Any]) 
             temporary,
             metadata={"values": json.dumps(values)},
         )
-        _sync(temporary)
+        sync(temporary)
         temporary.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise EfxError(f"cannot write {path} ({error}): make room or correct its permissions") from error
 
@@ -45,7 +46,7 @@ def link_state(source: Path, path: Path) -> bool:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.link(source, path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError:  # rotated away meanwhile, or a file system without links
         return False
     return True
@@ -77,11 +78,3 @@ def pack_mask(keep: Tensor) -> Tensor:
 def unpack_mask(bits: Tensor, shape: torch.Size) -> Tensor:
     """The bool mask of `shape` that `pack_mask` packed."""
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel())).bool().reshape(shape)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

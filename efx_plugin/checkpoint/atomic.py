@@ -54,11 +54,11 @@ def new_directory(directory: str | os.PathLike, needed: int) -> Iterator[Path]:
         try:
             yield temporary
             for path in sorted(temporary.rglob("*"), reverse=True):
-                _sync(path)
-            _sync(temporary)
+                sync(path)
+            sync(temporary)
             refuse_existing(directory)
             temporary.rename(directory)
-            _sync(directory.parent)
+            sync(directory.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -100,7 +100,8 @@ def _remove_leftovers(directory: Path) -> None:
         os.close(lock)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file's content, or a directory's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
