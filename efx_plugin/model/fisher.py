@@ -154,7 +154,7 @@ def measure_fisher(
 
 # Logits are among the largest tensors there are, and some libraries copy a weight for a product: so many tokens, and
 # rows of the output layer, at a time.
-_TOKENS_AT_ONCE, _ROWS_AT_ONCE = 64, 8192
+_TOKENS_AT_ONCE, _ROWS_AT_ONCE = 32, 4096
 # What some architectures do to logits behind the output layer.
 _BEHIND_THE_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
