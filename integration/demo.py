@@ -102,7 +102,7 @@ def main() -> None:
     served = {}
     for kind in ("dense", "sparse"):
         with step(f"Serving the {kind} checkpoint in vLLM"):
-            served[kind] = serve(OUTPUT / f"expert-{kind}", prompts)
+            served[kind] = serve(OUTPUT / f"expert-{kind}", prompts, NEW_TOKENS)
 
     report = {
         "model": MODEL,
@@ -170,12 +170,12 @@ def block_sparsities(model: PreTrainedModel) -> dict[str, float]:
     return sparsities
 
 
-def serve(directory: Path, prompts: list[list[int]]) -> dict:
+def serve(directory: Path, prompts: list[list[int]], new_tokens: int) -> dict:
     """Greedy generation in the serving environment, which shares nothing with this one but the checkpoint."""
-    requests, output = OUTPUT / "prompts.json", OUTPUT / f"{directory.name}.served.json"
+    requests, output = directory.with_suffix(".prompts.json"), directory.with_suffix(".served.json")
     requests.write_text(json.dumps(prompts))
     command = [ROOT / ".venv-serve/bin/python", ROOT / "integration/serve_once.py", "--model", directory, "--eager"]
-    options = ["--prompts", requests, "--max-tokens", NEW_TOKENS, "--output", output]
+    options = ["--prompts", requests, "--max-tokens", new_tokens, "--output", output]
     subprocess.run([str(part) for part in command + options], check=True)
     return json.loads(output.read_text())
 

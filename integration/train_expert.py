@@ -10,7 +10,6 @@ SmolLM2-135M-Instruct stands in for the paper's models and licence texts for its
 import argparse
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ from efx_plugin.checkpoint import linear_bytes, load_sparse, save_sparse
 from efx_plugin.model.adapters import merge_adapters
 from efx_plugin.training import EfficientXpertCallback
 from integration.assets import save_tiny_llama, smollm2, splits, token_blocks
+from integration.demo import ROOT, serve
 from integration.expert import PROJECTIONS, perplexity
 from integration.serve_once import same_tokens
 
-ROOT = Path(__file__).resolve().parent.parent
 WINDOW = 256  # tokens per training and evaluation sequence
 TRAINING_TOKENS = 60_000
 HELDOUT_TOKENS = 12_288
@@ -117,7 +116,7 @@ def train_expert(
     save_sparse(expert, output / "expert", tokenizer=tokenizer, progress=False)
     size = linear_bytes(output / "expert")
     prompts = heldout[:3, :PROMPT_TOKENS]
-    served = serve(output / "expert", prompts.tolist())
+    served = serve(output / "expert", prompts.tolist(), NEW_TOKENS)
     generated = greedy(load_sparse(output / "expert"), prompts)
     return {
         "perplexity": {"base": base_perplexity, "sparse expert": perplexity(expert, heldout)},
@@ -129,16 +128,6 @@ def train_expert(
         "tokens_equal": same_tokens(served, {"outputs": generated}),
         "texts": [one["text"] for one in served["outputs"]],
     }
-
-
-def serve(directory: Path, prompts: list[list[int]]) -> dict[str, Any]:
-    """Greedy generation in the serving environment, which shares nothing with this one but the checkpoint."""
-    requests, answers = directory.with_suffix(".prompts.json"), directory.with_suffix(".served.json")
-    requests.write_text(json.dumps(prompts))
-    command = [ROOT / ".venv-serve/bin/python", ROOT / "integration/serve_once.py", "--model", directory, "--eager"]
-    command += ["--prompts", requests, "--max-tokens", NEW_TOKENS, "--output", answers]
-    subprocess.run([str(part) for part in command], check=True)
-    return json.loads(answers.read_text())
 
 
 def greedy(model, prompts: torch.Tensor) -> list[dict[str, list[int]]]:

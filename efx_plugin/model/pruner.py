@@ -243,11 +243,12 @@ class BlockPruner:
         share = tokens / float(all_reduce_sum(torch.tensor(float(tokens), device=device)))
         return {name: all_reduce_sum(c * share) for name, c in self._propagation.result().items()}
 
-    def _scores(self, layer: LinearLayer, sensitivity: Tensor | None, weight: Tensor | None = None) -> Tensor:
-        weight = effective_weight(layer) if weight is None else weight
-        if self.arguments.saliency == "magnitude":
+    def _scores(
+        self, layer: LinearLayer, weight: Tensor, statistics: InputStatistics | None, sensitivity: Tensor | None
+    ) -> Tensor:
+        if self.arguments.saliency == "magnitude" or layer.name in self._starved:
             return foresight_scores(magnitude_saliency(weight), sensitivity)
-        return foresight_scores(wanda_saliency(weight, self._statistics[layer.name].energy), sensitivity)
+        return foresight_scores(wanda_saliency(weight, statistics.energy), sensitivity)
 
     def _pooled(self, sensitivities: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Masks where matrices compete for every entry, and sparsities, which they may compete for as well."""
@@ -263,7 +264,12 @@ class BlockPruner:
             ]
             if not layers:
                 continue
-            scores = [self._scores(layer, sensitivities.get(layer.name)) for layer in layers]
+            scores = [
+                self._scores(
+                    layer, effective_weight(layer), self._statistics[layer.name], sensitivities.get(layer.name)
+                )
+                for layer in layers
+            ]
             if by_entry:
                 self._average_pool(layers, scores)
                 for layer, keep in zip(layers, pooled_masks(scores, sparsity, arguments.floor), strict=True):
@@ -300,12 +306,7 @@ class BlockPruner:
                 )
             except ValueError as error:
                 raise EfxError(f"{layer.name}: {error}") from error
-        saliency = (
-            magnitude_saliency(weight)
-            if arguments.saliency == "magnitude" or starved
-            else wanda_saliency(weight, statistics.energy)
-        )
-        scores = [foresight_scores(saliency, sensitivity)]
+        scores = [self._scores(layer, weight, statistics, sensitivity)]
         self._average_pool([layer], scores)
         if arguments.n_of_m is not None:
             return n_of_m_mask(scores[0], *arguments.n_of_m)
