@@ -17,6 +17,9 @@ def test_batches_and_merges_give_the_moments_of_all_inputs(sizes, features, seed
         (left if index % 2 else right).update(batch)
     left.merge(right)
     expected = whole.T @ whole / len(whole)
+    before = left.gram
+    left.finish()
+    torch.testing.assert_close(left.gram, before, rtol=0, atol=0)
     for statistics in (one, left):
         assert statistics.count == len(whole)
         torch.testing.assert_close(statistics.gram.double(), expected, rtol=1e-4, atol=1e-5)
