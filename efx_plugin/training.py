@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from loguru import logger
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -50,6 +51,8 @@ _OWN = "efficientxpert-{}.safetensors"
 
 # Arguments of a forward pass that do not change what the decoder blocks see.
 _NOT_INPUTS = {"labels", "num_items_in_batch", "use_cache", "logits_to_keep"}
+# Parts of the names of what PEFT adds to a model's state.
+_NOT_IN_A_PLAIN_MODEL = (".lora_", ".trainable_tokens_", ".original_module.", ".modules_to_save.")
 
 
 def pruning_steps(max_steps: int, warmup_fraction: float, refreshes: int, final_fraction: float) -> list[int]:
@@ -346,6 +349,9 @@ class EfficientXpertCallback(TrainerCallback):
             elif active_adapters(layer):
                 absorb(layer, effective_weight(layer))
         if isinstance(model, PeftModel):
+            for module in model.modules():  # what was trained of embeddings
+                if isinstance(module, BaseTunerLayer) and not isinstance(module.get_base_layer(), nn.Linear):
+                    module.merge()
             model.save_pretrained = partial(_save_merged, model)
 
     # ---------------------------------------------------------------------------------------------- checkpoints
@@ -493,7 +499,8 @@ def _save_merged(model: PeftModel, save_directory: str, state_dict: dict[str, Te
     """What `save_pretrained` does once the adapters add nothing: store the plain model."""
     plain, trained_whole = {}, f".modules_to_save.{model.active_adapters[0]}."
     for name, tensor in (model.state_dict() if state_dict is None else state_dict).items():
-        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(trained_whole, ".")
-        if not any(part in name for part in (".lora_", ".original_module.", ".modules_to_save.")):
+        name = name.removeprefix("base_model.model.").replace(".token_adapter.", ".")
+        name = name.replace(".base_layer.", ".").replace(trained_whole, ".")
+        if not any(part in name for part in _NOT_IN_A_PLAIN_MODEL):
             plain[name] = tensor
     model.get_base_model().save_pretrained(save_directory, state_dict=plain, **kwargs)

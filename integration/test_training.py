@@ -67,6 +67,8 @@ def sparsity(masks):
         pytest.param({"use_rslora": True}, {}, {}, id="rslora"),
         pytest.param({"modules_to_save": ["lm_head"]}, {"repair": "paper"}, {}, id="modules-to-save"),
         pytest.param({"target_modules": ["q_proj", "down_proj"]}, {"repair": "weights"}, {}, id="some-adapted"),
+        pytest.param({"target_modules": ["embed_tokens", "q_proj"]}, {}, {}, id="embeddings"),
+        pytest.param({"trainable_token_indices": [5, 6]}, {"repair": "adapter"}, {}, id="trainable-tokens"),
         pytest.param({}, {"mask_structure": "2:4", "repair": "none"}, {}, id="2of4"),
         pytest.param({}, {"allocation": "layer", "refreshes": 2}, {}, id="layers-compete"),
         pytest.param({}, {"propagation": "block", "comparison_group": "block", "saliency": "wanda"}, {}, id="block"),

@@ -57,8 +57,16 @@ def test_effective_weight_entry_by_entry(rslora, scaling):
             assert math.isclose(float(effective[o, i]), expected, rel_tol=1e-4, abs_tol=1e-6)
 
 
-def test_merging_leaves_a_plain_model_that_computes_the_same():
-    model = adapted()
+@pytest.mark.parametrize(
+    "trained",
+    [{}, {"target_modules": ["embed_tokens", "q_proj"]}, {"trainable_token_indices": [5, 6]}],
+    ids=["linear", "embeddings", "tokens"],
+)
+def test_merging_leaves_a_plain_model_that_computes_the_same(trained):
+    model = adapted(**trained)
+    for name, parameter in model.named_parameters():
+        if "embedding" in name or "trainable_tokens" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
     tokens = torch.arange(20).unsqueeze(0)
     with torch.no_grad():
         before = model(tokens).logits

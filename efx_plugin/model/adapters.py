@@ -153,7 +153,7 @@ def merge_adapters(model: PeftModel, masks: Mapping[str, Tensor] | None = None) 
         if name in masks or active_adapters(layer):
             weight = effective_weight(layer)
             absorb(layer, weight * masks[name] if name in masks else weight)
-    return model.unload()
+    return model.merge_and_unload()  # adds nothing to these, and merges what else was trained: embeddings, tokens
 
 
 def active_adapters(layer: LinearLayer) -> list[str]:
