@@ -17,6 +17,7 @@ from efx_plugin.arguments import PruningArguments
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import LinearLayer, inner_model
 from efx_plugin.model.blocks import allocate_over_blocks, plan_blocks
+from efx_plugin.model.distributed import gather_objects
 from efx_plugin.model.fisher import Fisher, measure_fisher
 from efx_plugin.model.pruner import BlockPruner, PrunedLayer, layer_sparsities
 
@@ -72,6 +73,7 @@ class EfficientXpertModifier(PruningArguments, Modifier):
         if state.data is None or state.data.calib is None:
             raise EfxError("EfficientXpertModifier needs calibration data: pass dataset=... to oneshot")
         self._state = state
+        _warn_of_equal_data(state.data.calib)
         plans = plan_blocks(state.model, self, kwargs.get("sequential_targets"))
         self._layers = {layer.name: layer for plan in plans for layer in plan.layers}
         model = inner_model(state.model)
@@ -198,6 +200,16 @@ class EfficientXpertModifier(PruningArguments, Modifier):
         target = sum(self._sparsities[result.name] * result.size for result in results) / size
         if achieved < target - slack:
             raise EfxError(f"{block} has sparsity {achieved:.4f} after pruning, not {target:.4f}: check the log above")
+
+
+def _warn_of_equal_data(batches: Iterable[dict[str, Tensor]]) -> None:
+    first = next(iter(batches), {}).get("input_ids")
+    shown = gather_objects(None if first is None else first.tolist())
+    if len(shown) > 1 and first is not None and all(one == shown[0] for one in shown):
+        logger.warning(
+            f"all {len(shown)} processes start with the same calibration data: llm-compressor 0.14 gives each process "
+            "the first share of a dataset that all of them pass, so pass each its own, such as dataset[rank::processes]"
+        )
 
 
 def _summary(results: list[PrunedLayer]) -> str:

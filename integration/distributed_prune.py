@@ -1,58 +1,47 @@
-"""One of several processes that prune a tiny model together, each on its share of the data: see test_distributed.
+"""One of several processes that prune a tiny model with llm-compressor, each on its share of the data: see
+test_distributed.
 
-Usage: torchrun --nproc-per-node N -m integration.distributed_prune OUTPUT ARGUMENTS, with the arguments as JSON.
+Usage: torchrun --nproc-per-node N -m integration.distributed_prune DIRECTORY ARGUMENTS, with those of the modifier as
+JSON. DIRECTORY/model is pruned, and DIRECTORY/N-RANK.safetensors gets the weights of the linear layers.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from datasets import Dataset
+from llmcompressor import oneshot
 from safetensors.torch import save_file
 from torch import distributed as dist
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from efx_plugin.arguments import PruningArguments
 from efx_plugin.model.adapters import linear_layers
-from efx_plugin.model.blocks import plan_blocks
-from efx_plugin.model.fisher import measure_fisher
-from efx_plugin.model.pruner import BlockPruner
-from integration.assets import tiny_llama
+from efx_plugin.modifier import EfficientXpertModifier
 
-SEQUENCES = 8
+SEQUENCES, LENGTH = 8, 32
 
 
-def main(output: Path, arguments: PruningArguments) -> None:
+def main(directory: Path, arguments: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo")  # llm-compressor's init_dist knows accelerators alone
     rank, world = dist.get_rank(), dist.get_world_size()
-    ids = torch.randint(3, 128, (SEQUENCES, 1, 32), generator=torch.Generator().manual_seed(0))[rank::world]
-    batches = [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids]
-    model = tiny_llama()
-    plans = plan_blocks(model, arguments)
-    sensitivities = None
-    if arguments.propagation == "fisher":
-        layers = [layer for plan in plans for layer in plan.layers]
-        sensitivities = measure_fisher(model, layers, batches, tokens=10**6).sensitivities
-    for plan in plans:
-        pruner = BlockPruner(
-            model, plan.name, plan.block, plan.layers, plan.others, arguments, sensitivities=sensitivities, averages={}
-        )
-        handles = []
-        pruner.attach(
-            lambda module, hook, kind, handles=handles, **kw: handles.append(
-                getattr(module, f"register_{kind}_hook")(hook, **kw)
-            )
-        )
-        with torch.no_grad():
-            for batch in batches:
-                model(**batch)
-        for handle in handles:
-            handle.remove()
-        pruner.prune()
+    ids = torch.randint(3, 128, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0))[rank::world].tolist()
+    model = AutoModelForCausalLM.from_pretrained(directory / "model")
+    oneshot(
+        model=model,
+        processor=AutoTokenizer.from_pretrained(directory / "model"),
+        recipe=EfficientXpertModifier(**arguments),
+        dataset=Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * LENGTH] * len(ids)}),
+        num_calibration_samples=len(ids),
+        max_seq_length=LENGTH,
+        shuffle_calibration_samples=False,
+    )
     weights = {layer.name: layer.base.weight.detach() for layer in linear_layers(model)}
-    save_file(weights, output / f"{world}-{rank}.safetensors")
+    save_file(weights, directory / f"{world}-{rank}.safetensors")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), PruningArguments(**json.loads(sys.argv[2])))
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

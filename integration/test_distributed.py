@@ -1,4 +1,4 @@
-"""Several processes prune as one would on all of the data (torch.distributed with gloo)."""
+"""Several processes prune with llm-compressor as one would on all of the data (torch.distributed with gloo)."""
 
 import json
 import os
@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from integration.assets import save_tiny_llama
 
 pytestmark = pytest.mark.integration
 
@@ -26,6 +28,7 @@ def run(processes: int, directory, arguments: dict) -> list[dict[str, torch.Tens
 
 @pytest.mark.parametrize("arguments", POINTS.values(), ids=POINTS)
 def test_two_processes_prune_as_one_on_all_the_data(tmp_path, arguments):
+    save_tiny_llama(tmp_path / "model")
     (alone,) = run(1, tmp_path, arguments)
     first, second = run(2, tmp_path, arguments)
     for name, weight in alone.items():

@@ -8,7 +8,7 @@ from loguru import logger
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from efx_plugin import EfficientXpertModifier, merge_adapters
+from efx_plugin import EfficientXpertModifier, merge_adapters, modifier
 from efx_plugin.errors import EfxError
 from integration.assets import save_tiny_llama
 
@@ -254,3 +254,13 @@ def test_a_later_modifier_that_refills_zeros_is_caught(directory, calibration):
 
     with pytest.raises(EfxError, match=r"layers\.1\.mlp\.up_proj had \d+ zeros after pruning and has 0 now"):
         run(load(directory), directory, calibration, recipe=[EfficientXpertModifier(), Refill()], pipeline="sequential")
+
+
+def test_processes_that_all_read_the_same_data_are_warned_of(directory, calibration, monkeypatch):
+    """As llm-compressor 0.14 makes them do when each is given the whole dataset."""
+    monkeypatch.setattr(modifier, "gather_objects", lambda value: [value, value])
+    messages = []
+    sink = logger.add(messages.append, level="WARNING")
+    run(load(directory), directory, calibration)
+    logger.remove(sink)
+    assert any("2 processes start with the same calibration data" in str(message) for message in messages)
