@@ -17,7 +17,7 @@ from efx_plugin.arguments import PruningArguments
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import LinearLayer, inner_model
 from efx_plugin.model.blocks import allocate_over_blocks, plan_blocks
-from efx_plugin.model.distributed import gather_objects
+from efx_plugin.model.distributed import gather_objects, world
 from efx_plugin.model.fisher import Fisher, measure_fisher
 from efx_plugin.model.pruner import BlockPruner, PrunedLayer, layer_sparsities
 
@@ -203,9 +203,11 @@ class EfficientXpertModifier(PruningArguments, Modifier):
 
 
 def _warn_of_equal_data(batches: Iterable[dict[str, Tensor]]) -> None:
+    if world()[1] == 1:
+        return
     first = next(iter(batches), {}).get("input_ids")
     shown = gather_objects(None if first is None else first.tolist())
-    if len(shown) > 1 and first is not None and all(one == shown[0] for one in shown):
+    if first is not None and all(one == shown[0] for one in shown):
         logger.warning(
             f"all {len(shown)} processes start with the same calibration data: llm-compressor 0.14 gives each process "
             "the first share of a dataset that all of them pass, so pass each its own, such as dataset[rank::processes]"

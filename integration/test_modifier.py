@@ -258,6 +258,7 @@ def test_a_later_modifier_that_refills_zeros_is_caught(directory, calibration):
 
 def test_processes_that_all_read_the_same_data_are_warned_of(directory, calibration, monkeypatch):
     """As llm-compressor 0.14 makes them do when each is given the whole dataset."""
+    monkeypatch.setattr(modifier, "world", lambda: (0, 2))
     monkeypatch.setattr(modifier, "gather_objects", lambda value: [value, value])
     messages = []
     sink = logger.add(messages.append, level="WARNING")
