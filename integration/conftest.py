@@ -1,5 +1,6 @@
 import pytest
 import torch
+from loguru import logger
 
 
 @pytest.fixture(scope="module")
@@ -9,3 +10,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """The warnings that the log got, in order."""
+    messages = []
+    monkeypatch.setattr(logger, "warning", messages.append)
+    return messages

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from loguru import logger
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -26,13 +25,6 @@ DECIDED = {"saliency": "wanda", "propagation": "none", "allocation": "uniform", 
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread):
     pass
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    messages = []
-    monkeypatch.setattr(logger, "warning", messages.append)
-    return messages
 
 
 class Watch(TrainerCallback):
