@@ -3,7 +3,7 @@
 PYTHON ?= python3
 CONSTRAINTS := integration/constraints
 
-NATIVE := setup.py $(wildcard efx_plugin/*/native/*.[ch]pp)
+NATIVE := setup.py $(wildcard efx_plugin/kernels/native/*.[ch]pp efx_plugin/checkpoint/codec/native/*.[ch]pp)
 
 .PHONY: demo train-expert test test-long lint bench-checkpoint bench-kernels bench-serve bench-prune load-test
 
@@ -23,7 +23,7 @@ test: .venv/ready .venv-serve/ready
 
 # Ten thousand corrupt checkpoints instead of five hundred.
 test-long: .venv/ready
-	EFX_CORRUPT_INPUTS=10000 .venv/bin/python -m pytest tests/test_checkpoint_corruption.py
+	EFX_CORRUPT_INPUTS=10000 .venv/bin/python -m pytest tests/checkpoint/test_corruption.py
 
 # On one thread, about a minute; writes build/bench/checkpoint.json.
 bench-checkpoint: .venv/ready

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-CHECKPOINT = "efx_plugin/checkpoint/native"
+CHECKPOINT = "efx_plugin/checkpoint/codec/native"
 KERNELS = "efx_plugin/kernels/native"
 COMPILE = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
 COMPILE += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC's own headers of intrinsics set these off
@@ -68,7 +68,7 @@ setup(
     cmdclass={"build_ext": BuildLibraries},
     ext_modules=[
         library(
-            "efx_plugin.checkpoint.native._bits",
+            "efx_plugin.checkpoint.codec.native._bits",
             CHECKPOINT,
             ["entry.cpp", "portable.cpp", "avx512.cpp"],
             ["bits.hpp", "rows.hpp"],

@@ -13,13 +13,13 @@ from loguru import logger
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
-from efx_plugin.arguments import PruningArguments
+from efx_plugin.engine.arguments import PruningArguments
+from efx_plugin.engine.block_pruner import BlockPruner, PrunedLayer, layer_sparsities
+from efx_plugin.engine.blocks import allocate_over_blocks, plan_blocks
+from efx_plugin.engine.distributed import gather_objects, world
+from efx_plugin.engine.fisher import Fisher, measure_fisher
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import LinearLayer, inner_model
-from efx_plugin.model.blocks import allocate_over_blocks, plan_blocks
-from efx_plugin.model.distributed import gather_objects, world
-from efx_plugin.model.fisher import Fisher, measure_fisher
-from efx_plugin.model.pruner import BlockPruner, PrunedLayer, layer_sparsities
 
 # A block's sparsity may miss the target by this much before pruning counts as failed.
 SPARSITY_TOLERANCE = 0.002

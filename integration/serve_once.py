@@ -36,7 +36,7 @@ def serve(
     from vllm import LLM, SamplingParams
     from vllm import __version__ as vllm_version
 
-    from efx_plugin.serving.method import kernels_in_use
+    from efx_plugin.serving.linear_method import kernels_in_use
 
     has_tokenizer = any((model / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
     start = time.perf_counter()

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from efx_plugin.checkpoint import save_sparse
-from efx_plugin.checkpoint.formats import PART_NAMES
+from efx_plugin.checkpoint.formats.registry import PART_NAMES
 from integration.serve_once import set_environment
 
 SERVE_ONCE = Path(__file__).with_name("serve_once.py")
@@ -142,7 +142,7 @@ def greedy(llm: Any, lora_request: Any = None) -> list[list[int]]:
 
 def serve(directory: Path, **options) -> tuple[list[list[int]], list[str]]:
     """Tokens after each of `PROMPTS`, and the kernels that the sparse layers run on."""
-    from efx_plugin.serving.method import kernels_in_use
+    from efx_plugin.serving.linear_method import kernels_in_use
 
     with engine(directory, **options) as llm:
         return greedy(llm), llm.apply_model(kernels_in_use)[0]

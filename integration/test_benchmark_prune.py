@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from efx_plugin.errors import EfxError
-from integration.assets import save_tiny_llama, tiny_llama, tiny_tokenizer
 from integration.benchmarks import prune
+from tests.support.tiny_llama import save_tiny_llama, tiny_llama, tiny_tokenizer
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 

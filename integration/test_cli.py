@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from efx_plugin.checkpoint import load_sparse, save_sparse
 from efx_plugin.cli import main
 from efx_plugin.errors import EfxError
-from integration.assets import save_tiny_llama, tiny_tokenizer
-from integration.tiny_models import tiny_model
+from tests.support.tiny_llama import save_tiny_llama, tiny_tokenizer
+from tests.support.tiny_models import tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from integration.assets import save_tiny_llama
+from tests.support.tiny_llama import save_tiny_llama
 
 pytestmark = pytest.mark.integration
 

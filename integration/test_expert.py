@@ -7,8 +7,8 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from integration.assets import tiny_llama, tiny_tokenizer
 from integration.expert import perplexity, train_lora
+from tests.support.tiny_llama import tiny_llama, tiny_tokenizer
 
 pytestmark = pytest.mark.integration
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from efx_plugin import EfficientXpertModifier, merge_adapters, modifier
 from efx_plugin.errors import EfxError
-from integration.assets import save_tiny_llama
+from tests.support.tiny_llama import save_tiny_llama
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 

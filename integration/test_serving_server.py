@@ -13,8 +13,8 @@ import pytest
 
 from efx_plugin.cli import main
 from efx_plugin.serving import launch
-from integration.assets import tiny_tokenizer
 from integration.serving_models import save_tiny
+from tests.support.tiny_llama import tiny_tokenizer
 
 pytestmark = pytest.mark.serving
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from efx_plugin.checkpoint.formats import PART_NAMES
-from integration.assets import tiny_tokenizer
+from efx_plugin.checkpoint.formats.registry import PART_NAMES
 from integration.serving_models import (
     ARCHITECTURES,
     PROMPTS,
@@ -23,6 +22,7 @@ from integration.serving_models import (
     serve_once,
     use_old_names,
 )
+from tests.support.tiny_llama import tiny_tokenizer
 
 pytestmark = pytest.mark.serving
 
@@ -49,11 +49,11 @@ def test_tokens_equal_those_of_the_dense_checkpoint(architecture, tmp_path):
 
 
 def test_one_layer_is_staged_at_a_time(llama, llama_tokens, monkeypatch):
-    from efx_plugin.serving import loading
+    from efx_plugin.serving import weight_loader
 
     staged, expanded, peak = weakref.WeakSet(), weakref.WeakSet(), {"staged": 0, "expanded": 0}
 
-    class Staging(loading.ModelWeightParameter):
+    class Staging(weight_loader.ModelWeightParameter):
         def __init__(self, **arguments):
             super().__init__(**arguments)
             staged.add(self)
@@ -65,9 +65,9 @@ def test_one_layer_is_staged_at_a_time(llama, llama_tokens, monkeypatch):
         peak["expanded"] = max(peak["expanded"], len(expanded))
         return dense
 
-    real_decompress = loading.decompress
-    monkeypatch.setattr(loading, "ModelWeightParameter", Staging)
-    monkeypatch.setattr(loading, "decompress", decompress)
+    real_decompress = weight_loader.decompress
+    monkeypatch.setattr(weight_loader, "ModelWeightParameter", Staging)
+    monkeypatch.setattr(weight_loader, "decompress", decompress)
     assert serve(llama / "sparse-bitmask") == (llama_tokens, [kernel()])
     assert peak == {"staged": 1, "expanded": 1}
     assert not staged and not expanded

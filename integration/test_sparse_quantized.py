@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsC
 import efx_plugin
 from efx_plugin.checkpoint import export_checkpoint, linear_bytes, load_sparse, save_sparse
 from efx_plugin.errors import EfxError
-from integration.assets import save_tiny_llama
 from integration.old_releases import install
 from integration.test_checkpoint_readers import outcomes
+from tests.support.tiny_llama import save_tiny_llama
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 

@@ -11,10 +11,10 @@ from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import effective_weight, linear_layers, merge_adapters
 from efx_plugin.model.masked import mask_of
 from efx_plugin.training import EfficientXpertCallback
-from integration.assets import tiny_llama
 from integration.serving_models import kernel
 from integration.tiny_training import STEPS, TEXT, in_processes, tiny_peft_model, tiny_trainer, train, train_sharded
 from integration.train_expert import train_tiny_expert
+from tests.support.tiny_llama import tiny_llama
 
 pytestmark = pytest.mark.integration
 

@@ -24,7 +24,7 @@ from transformers import (
 
 from efx_plugin.model.adapters import read_parameter
 from efx_plugin.training import EfficientXpertCallback
-from integration.assets import tiny_llama
+from tests.support.tiny_llama import tiny_llama
 
 STEPS = 12
 # Text with something to learn: each token is followed by its successor.

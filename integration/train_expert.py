@@ -22,10 +22,11 @@ from trl import SFTConfig, SFTTrainer
 from efx_plugin.checkpoint import linear_bytes, load_sparse, save_sparse
 from efx_plugin.model.adapters import merge_adapters
 from efx_plugin.training import EfficientXpertCallback
-from integration.assets import save_tiny_llama, smollm2, splits, token_blocks
+from integration.assets import smollm2, splits, token_blocks
 from integration.demo import ROOT, serve
 from integration.expert import PROJECTIONS, perplexity
 from integration.serve_once import same_tokens
+from tests.support.tiny_llama import save_tiny_llama
 
 WINDOW = 256  # tokens per training and evaluation sequence
 TRAINING_TOKENS = 60_000

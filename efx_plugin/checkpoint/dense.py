@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
-from efx_plugin.checkpoint import atomic, files, models, packed, plan, quantized, shards
-from efx_plugin.checkpoint.card import dense_card
+from efx_plugin.checkpoint import model_weights, quantized, storage_plan
 from efx_plugin.checkpoint.config import GUARD_KEY
-from efx_plugin.checkpoint.formats import find_format
+from efx_plugin.checkpoint.formats import pack_quantized
+from efx_plugin.checkpoint.formats.registry import find_format
+from efx_plugin.checkpoint.model_card import dense_card
 from efx_plugin.checkpoint.reader import check_fit, dense_shapes, expand_weight, group_parts, read_config, sparsity_of
+from efx_plugin.checkpoint.storage import atomic, safetensors_file, shards
 from efx_plugin.errors import EfxError
 
 NAME = "dense"
@@ -35,7 +37,7 @@ def export_dense(source: Path, directory: str | os.PathLike, *, max_shard_size: 
     config = read_config(source)
     if sparsity_of(config) is None:
         raise EfxError(f"{source} is dense already; copy it.")
-    skeleton = models.skeleton(models.read_model_config(source))
+    skeleton = model_weights.skeleton(model_weights.read_model_config(source))
     check_fit(skeleton, source)
     sparse = _expanded(source, sparsity_of(config).get("format"))
     quantization = quantized.of_config(config, source)
@@ -49,11 +51,11 @@ def export_dense(source: Path, directory: str | os.PathLike, *, max_shard_size: 
     described = None if quantization is None else quantized.packed_config(quantization)
     with atomic.new_directory(directory, needed) as destination:
         with shards.progress_bar("writing", needed, progress) as bar:
-            shards.write_shards(destination, sparse, plan.make_shards(items, max_shard_size), bar.update)
+            shards.write_shards(destination, sparse, storage_plan.make_shards(items, max_shard_size), bar.update)
         shards.write_json(destination / "config.json", _plain_config(config, described))
         shards.copy_companions(source, destination)
         (destination / "README.md").write_text(dense_card(Path(directory).name, source.absolute().name, described))
-    stored = sum(tensor.nbytes for tensor in files.read_index(source).values())
+    stored = sum(tensor.nbytes for tensor in safetensors_file.read_index(source).values())
     _LOGGER.warning(
         "%s holds %s with its zeros written out: %s bytes instead of %s, served %s and no faster for being sparse.",
         directory,
@@ -64,10 +66,10 @@ def export_dense(source: Path, directory: str | os.PathLike, *, max_shard_size: 
     )
 
 
-def _expanded(directory: Path, format_name: object) -> plan.Source:
+def _expanded(directory: Path, format_name: object) -> storage_plan.Source:
     """The tensors of a sparse checkpoint under their dense names, read one by one."""
     find_format(format_name, "config.json")
-    index = files.read_index(directory)
+    index = safetensors_file.read_index(directory)
     compressed = group_parts(index)
     shapes = dense_shapes(directory)
     dtypes = {name: stored.dtype for name, stored in index.items()}
@@ -77,19 +79,21 @@ def _expanded(directory: Path, format_name: object) -> plan.Source:
         if name in compressed:
             tensor = expand_weight(directory, index, compressed[name], format_name)
         else:
-            tensor = files.read_tensor(directory, index[name])
-        plan.check_finite(name, tensor)  # scales above all
+            tensor = safetensors_file.read_tensor(directory, index[name])
+        storage_plan.check_finite(name, tensor)  # scales above all
         return tensor
 
-    return plan.Source({name: (dtypes[name], shape) for name, shape in shapes.items()}, read)
+    return storage_plan.Source({name: (dtypes[name], shape) for name, shape in shapes.items()}, read)
 
 
-def _item(name: str, described: tuple[torch.dtype, tuple[int, ...]], pack: bool) -> plan.Item:
+def _item(name: str, described: tuple[torch.dtype, tuple[int, ...]], pack: bool) -> storage_plan.Item:
     if not pack:
-        return plan.Item(name, None, {name: described})
+        return storage_plan.Item(name, None, {name: described})
     prefix = name.removesuffix(".weight")
-    return plan.Item(
-        name, packed.compress, {f"{prefix}.{part}": found for part, found in packed.layout(*described[1]).items()}
+    return storage_plan.Item(
+        name,
+        pack_quantized.compress,
+        {f"{prefix}.{part}": found for part, found in pack_quantized.layout(*described[1]).items()},
     )
 
 

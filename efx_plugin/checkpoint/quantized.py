@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from efx_plugin.checkpoint import packed, plan
+from efx_plugin.checkpoint import storage_plan
+from efx_plugin.checkpoint.formats import pack_quantized
 from efx_plugin.errors import EfxError, SparseCheckpointError
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def packed_config(config: "QuantizationConfig") -> dict[str, Any]:
     described = config.model_copy(deep=True)
     for scheme in described.config_groups.values():
         if is_weight_only(scheme):
-            scheme.format = packed.NAME
+            scheme.format = pack_quantized.NAME
     return _dump(described)
 
 
@@ -138,7 +139,7 @@ def state_of(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
     }
 
 
-def unpack(source: plan.Source) -> plan.Source:
+def unpack(source: storage_plan.Source) -> storage_plan.Source:
     """The same weights with those packed into int32 as int8."""
     layout, sources = {}, {}
     for name, described in source.layout.items():
@@ -153,9 +154,11 @@ def unpack(source: plan.Source) -> plan.Source:
         if name not in sources:
             return source.read(name)
         prefix = sources[name]
-        return packed.decompress({part: source.read(f"{prefix}.{part}") for part in packed.layout(0, 0)}, prefix)
+        return pack_quantized.decompress(
+            {part: source.read(f"{prefix}.{part}") for part in pack_quantized.layout(0, 0)}, prefix
+        )
 
-    return plan.Source(layout, read)
+    return storage_plan.Source(layout, read)
 
 
 def schemes_of(
@@ -247,7 +250,7 @@ def _byte_format(scheme: "QuantizationScheme", config: "QuantizationConfig", whe
         )
     if name in BYTE_FORMATS:
         return name
-    if name == packed.NAME and weights.num_bits == 8:
+    if name == pack_quantized.NAME and weights.num_bits == 8:
         return "int-quantized"
     if name == "dense":
         raise EfxError(
@@ -269,13 +272,13 @@ def _dump(config: "QuantizationConfig") -> dict[str, Any]:
 
 def _quantize(state: dict[str, torch.Tensor], scheme: "QuantizationScheme", prefix: str) -> dict[str, torch.Tensor]:
     if "weight_packed" in state:
-        parts = {part: state.pop(part) for part in packed.layout(0, 0)}
-        return {"weight": packed.decompress(parts, prefix), **state}
+        parts = {part: state.pop(part) for part in pack_quantized.layout(0, 0)}
+        return {"weight": pack_quantized.decompress(parts, prefix), **state}
     if state["weight"].dtype.itemsize == 1:
         return state
     from compressed_tensors.compressors import NaiveQuantizationCompressor
 
-    plan.check_finite(f"{prefix}.weight", state["weight"])
+    storage_plan.check_finite(f"{prefix}.weight", state["weight"])
     return NaiveQuantizationCompressor.compress(state, scheme)
 
 
@@ -302,7 +305,7 @@ def _dequantize(
                 f"{where}.{name} is {list(state[name].shape)}, but quantization per {_strategy(arguments)} of "
                 f"{list(weight.shape)} takes {list(shapes[0])}; download or export it again."
             )
-    if not scale.is_floating_point() or not plan.is_finite(scale):
+    if not scale.is_floating_point() or not storage_plan.is_finite(scale):
         raise SparseCheckpointError(f"{where}.weight_scale holds no finite numbers; download or export it again.")
     if not arguments.symmetric and "weight_zero_point" not in state:
         raise SparseCheckpointError(f"{where}.weight_zero_point is missing; download or export it again.")

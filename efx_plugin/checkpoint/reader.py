@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from efx_plugin.checkpoint import files, models, quantized
-from efx_plugin.checkpoint.formats import PART_NAMES, decompress, dense_shape, find_format
+from efx_plugin.checkpoint import model_weights, quantized
+from efx_plugin.checkpoint.formats.registry import PART_NAMES, decompress, dense_shape, find_format
+from efx_plugin.checkpoint.storage import safetensors_file
 from efx_plugin.errors import SparseCheckpointError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise SparseCheckpointError(f"{path} does not exist; is this a checkpoint?")
-    return files.parse_json(path, path.read_bytes())
+    return safetensors_file.parse_json(path, path.read_bytes())
 
 
 def sparsity_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -50,7 +51,7 @@ def sparsity_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return sparsity if isinstance(sparsity, dict) and sparsity else None
 
 
-def group_parts(index: Mapping[str, files.StoredTensor]) -> dict[str, dict[str, str]]:
+def group_parts(index: Mapping[str, safetensors_file.StoredTensor]) -> dict[str, dict[str, str]]:
     """The compressed weights of an index: name of the dense weight -> {part: name of the tensor}.
 
     A part is called after the weight's module. Releases up to 0.8.1 called it after the weight itself, as in
@@ -75,7 +76,7 @@ def group_parts(index: Mapping[str, files.StoredTensor]) -> dict[str, dict[str, 
     return weights
 
 
-def describe(index: Mapping[str, files.StoredTensor], parts: Mapping[str, str]) -> str:
+def describe(index: Mapping[str, safetensors_file.StoredTensor], parts: Mapping[str, str]) -> str:
     """What an error calls a compressed weight: the files it lies in, and the prefix of its tensors."""
     where = " and ".join(sorted({index[name].file for name in parts.values()}))
     return f"{where}: {next(iter(parts.values())).rpartition('.')[0]}"
@@ -90,25 +91,28 @@ def expand(directory: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor]]:
         SparseCheckpointError: anything in the directory is missing, corrupt or inconsistent.
     """
     format_name = read_sparsity_config(directory)["format"]
-    index = files.read_index(directory)
+    index = safetensors_file.read_index(directory)
     compressed = group_parts(index)
     parts_of_weights = {name for parts in compressed.values() for name in parts.values()}
     for name, stored in index.items():
         if name not in parts_of_weights:
-            yield name, files.read_tensor(directory, stored)
+            yield name, safetensors_file.read_tensor(directory, stored)
     for weight, parts in compressed.items():
         yield weight, expand_weight(directory, index, parts, format_name)
 
 
 def expand_weight(
-    directory: str | os.PathLike, index: Mapping[str, files.StoredTensor], parts: Mapping[str, str], format_name: str
+    directory: str | os.PathLike,
+    index: Mapping[str, safetensors_file.StoredTensor],
+    parts: Mapping[str, str],
+    format_name: str,
 ) -> torch.Tensor:
     """Read and expand one compressed weight, given as `group_parts` gives it.
 
     Raises:
         SparseCheckpointError: its tensors are truncated, or disagree with each other.
     """
-    tensors = {part: files.read_tensor(directory, index[name]) for part, name in parts.items()}
+    tensors = {part: safetensors_file.read_tensor(directory, index[name]) for part, name in parts.items()}
     return decompress(format_name, tensors, where=describe(index, parts))
 
 
@@ -119,7 +123,7 @@ def dense_shapes(directory: str | os.PathLike) -> dict[str, tuple[int, ...]]:
         SparseCheckpointError: the directory is no sparse checkpoint, or a declared shape disagrees with its bitmask.
     """
     format_name = read_sparsity_config(directory)["format"]
-    index = files.read_index(directory)
+    index = safetensors_file.read_index(directory)
     shapes = {name: stored.shape for name, stored in index.items()}
     for weight, parts in group_parts(index).items():
         tensors = {part: _stand_in(directory, part, index[name]) for part, name in parts.items()}
@@ -129,9 +133,9 @@ def dense_shapes(directory: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _stand_in(directory: str | os.PathLike, part: str, stored: files.StoredTensor) -> torch.Tensor:
+def _stand_in(directory: str | os.PathLike, part: str, stored: safetensors_file.StoredTensor) -> torch.Tensor:
     if part == "shape":
-        return files.read_tensor(directory, stored)
+        return safetensors_file.read_tensor(directory, stored)
     return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
 
 
@@ -143,11 +147,12 @@ def linear_bytes(directory: str | os.PathLike) -> dict[str, int]:
         SparseCheckpointError: the directory is no sparse checkpoint, or a declared shape disagrees with its bitmask.
     """
     shapes = dense_shapes(directory)
-    index = files.read_index(directory)
+    index = safetensors_file.read_index(directory)
     compressed = group_parts(index)
     return {
         "dense": sum(
-            files.nbytes(index[parts["compressed"]].dtype, shapes[weight]) for weight, parts in compressed.items()
+            safetensors_file.nbytes(index[parts["compressed"]].dtype, shapes[weight])
+            for weight, parts in compressed.items()
         ),
         "sparse": sum(index[name].nbytes for parts in compressed.values() for name in parts.values()),
     }
@@ -165,7 +170,7 @@ def check_fit(model: "PreTrainedModel", directory: str | os.PathLike) -> None:
     prefix = f"{model.base_model_prefix}."
     is_base = model.base_model is model
     shapes = {name.removeprefix(prefix): shape for name, shape in dense_shapes(directory).items()}
-    for name, parameter in models.on_disk(model, dict(model.named_parameters())).items():
+    for name, parameter in model_weights.on_disk(model, dict(model.named_parameters())).items():
         stored = shapes.get(name.removeprefix(prefix))
         if stored is None and (is_base or name.startswith(prefix)):
             raise SparseCheckpointError(f"{directory} has no {name}; download or export it again.")
@@ -198,13 +203,13 @@ def load_sparse(directory: str | os.PathLike) -> "PreTrainedModel":
     directory = Path(directory)
     read_sparsity_config(directory)
     quantization = quantized.of_config(read_config(directory), directory)
-    config = models.read_model_config(directory)
-    skeleton = models.skeleton(config)
+    config = model_weights.read_model_config(directory)
+    skeleton = model_weights.skeleton(config)
     check_fit(skeleton, directory)
     state = dict(expand(directory))
     if quantization is not None:
         state = quantized.dequantize(state, quantization, skeleton, directory)
-    model, report = models.model_class(config).from_pretrained(
+    model, report = model_weights.model_class(config).from_pretrained(
         None, config=config, state_dict=state, dtype="auto", output_loading_info=True
     )
     for verb, problem in (("lacks", "missing_keys"), ("holds, without a place in the model,", "unexpected_keys")):

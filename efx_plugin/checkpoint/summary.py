@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from efx_plugin.checkpoint import checksums, files
 from efx_plugin.checkpoint.reader import dense_shapes, expand, group_parts, read_sparsity_config
+from efx_plugin.checkpoint.storage import checksums, safetensors_file
 from efx_plugin.errors import SparseCheckpointError
 
 # Two bits set at most, by the value of four bits of a mask.
@@ -98,7 +98,7 @@ def summarize(directory: str | os.PathLike, *, verify: bool = False) -> Summary:
     directory = Path(directory)
     format_name = read_sparsity_config(directory)["format"]
     shapes = dense_shapes(directory)
-    index = files.read_index(directory)
+    index = safetensors_file.read_index(directory)
     weights, dtype = [], None
     bytes_dense = sum(stored.nbytes for stored in index.values())
     for name, parts in group_parts(index).items():
@@ -107,7 +107,7 @@ def summarize(directory: str | os.PathLike, *, verify: bool = False) -> Summary:
         rows, columns = (1, *shapes[name])[-2:]
         size = rows * columns
         nonzeros = values.nbytes // dtype.itemsize
-        mask = files.read_tensor(directory, index[parts["bitmask"]]).numpy().reshape(rows, -1)
+        mask = safetensors_file.read_tensor(directory, index[parts["bitmask"]]).numpy().reshape(rows, -1)
         two_of_four = bool(_TWO_OF_FOUR[mask & 15].all() and _TWO_OF_FOUR[mask >> 4].all())
         layer, projection = _place(name.removesuffix(".weight"))
         weights.append(CompressedWeight(name, layer, projection, size, size - nonzeros, two_of_four))

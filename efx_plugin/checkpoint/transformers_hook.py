@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
 from efx_plugin.checkpoint.config import GUARD_KEY
-from efx_plugin.checkpoint.formats import decompress, find_format
+from efx_plugin.checkpoint.formats.registry import decompress, find_format
 from efx_plugin.checkpoint.reader import check_fit
 from efx_plugin.errors import EfxError, SparseCheckpointError
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from efx_plugin.checkpoint import atomic, dense, files, models, plan, quantized, shards
-from efx_plugin.checkpoint.ahead import map_ahead
-from efx_plugin.checkpoint.card import check_metadata, model_card
+from efx_plugin.checkpoint import dense, model_weights, quantized, storage_plan
 from efx_plugin.checkpoint.config import sparse_config
+from efx_plugin.checkpoint.model_card import check_metadata, model_card
 from efx_plugin.checkpoint.reader import read_config, sparsity_of
+from efx_plugin.checkpoint.storage import atomic, safetensors_file, shards
+from efx_plugin.checkpoint.storage.prefetch import map_ahead
 from efx_plugin.errors import EfxError
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ def save_sparse(
             cannot be stored sparsely, has no sparse Linear weight, or holds NaN or infinity.
     """
     atomic.refuse_existing(directory)
-    plan.check_structure(structure)
-    models.refuse_unmerged(model)
+    storage_plan.check_structure(structure)
+    model_weights.refuse_unmerged(model)
     metadata = check_metadata(metadata)
     recipe_text = _read_recipe(recipe)
     for name, tensor in model.state_dict().items():
@@ -65,7 +66,7 @@ def save_sparse(
             raise EfxError(f"{name} is on the meta device; load or dispatch the whole model before saving it.")
     quantization = quantized.of_model(model)
     described = None if quantization is None else quantized.stored_config(quantization, "The model")
-    state = models.on_disk(model, model.state_dict() if quantization is None else quantized.state_of(model))
+    state = model_weights.on_disk(model, model.state_dict() if quantization is None else quantized.state_of(model))
 
     def extras(destination: Path) -> None:
         if model.can_generate():
@@ -78,15 +79,15 @@ def save_sparse(
     metadata.setdefault("base_model", _public_name(getattr(model.config, "_name_or_path", "")))
     _write(
         directory,
-        plan.Source(
+        storage_plan.Source(
             {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()},
             lambda name: state[name].detach().cpu().contiguous(),
         ),
-        models.find_linears(model),
+        model_weights.find_linears(model),
         _config_of(model),
         structure,
         quantization=described,
-        max_shard_size=plan.parse_size(max_shard_size),
+        max_shard_size=storage_plan.parse_size(max_shard_size),
         metadata=metadata,
         recipe=recipe_text,
         extras=extras,
@@ -124,31 +125,31 @@ def export_checkpoint(
     atomic.refuse_existing(directory)
     source = Path(source)
     if structure == dense.NAME:
-        dense.export_dense(source, directory, max_shard_size=plan.parse_size(max_shard_size), progress=progress)
+        dense.export_dense(source, directory, max_shard_size=storage_plan.parse_size(max_shard_size), progress=progress)
         return
-    plan.check_structure(structure)
+    storage_plan.check_structure(structure)
     metadata = check_metadata(metadata)
     config = _read_source_config(source)
     quantization = quantized.of_config(config, source)
     described = None if quantization is None else quantized.stored_config(quantization, source)
-    model_config = models.read_model_config(source)
-    skeleton = models.skeleton(model_config)
-    index = files.read_index(source)
-    aliases = _stored_twice(source, index, models.tied_weights(skeleton))
+    model_config = model_weights.read_model_config(source)
+    skeleton = model_weights.skeleton(model_config)
+    index = safetensors_file.read_index(source)
+    aliases = _stored_twice(source, index, model_weights.tied_weights(skeleton))
     recipe = source / "recipe.yaml"
     metadata.setdefault("base_model", _public_name(source))
-    weights = plan.Source(
+    weights = storage_plan.Source(
         {name: (stored.dtype, stored.shape) for name, stored in index.items() if name not in aliases},
-        lambda name: files.read_tensor(source, index[name]),
+        lambda name: safetensors_file.read_tensor(source, index[name]),
     )
     _write(
         directory,
         weights if quantization is None else quantized.unpack(weights),
-        models.find_linears(skeleton),
+        model_weights.find_linears(skeleton),
         config,
         structure,
         quantization=described,
-        max_shard_size=plan.parse_size(max_shard_size),
+        max_shard_size=storage_plan.parse_size(max_shard_size),
         metadata=metadata,
         recipe=recipe.read_text() if recipe.is_file() else None,
         extras=lambda destination: shards.copy_companions(source, destination),
@@ -158,8 +159,8 @@ def export_checkpoint(
 
 def _write(
     directory: str | os.PathLike,
-    source: plan.Source,
-    linears: models.Linears,
+    source: storage_plan.Source,
+    linears: model_weights.Linears,
     config: Mapping[str, Any],
     structure: str,
     *,
@@ -171,17 +172,19 @@ def _write(
     progress: bool,
 ) -> None:
     names = list(source.layout)
-    size = {name: files.nbytes(*described) for name, described in source.layout.items()}
-    surveys: dict[str, plan.Survey] = {}
+    size = {name: safetensors_file.nbytes(*described) for name, described in source.layout.items()}
+    surveys: dict[str, storage_plan.Survey] = {}
     with shards.progress_bar("checking", sum(size.values()), progress) as bar:
         for name, found in zip(
-            names, map_ahead(lambda name: plan.survey(source, name, name in linears.weights), names), strict=True
+            names,
+            map_ahead(lambda name: storage_plan.survey(source, name, name in linears.weights), names),
+            strict=True,
         ):
             bar.update(size[name])
             if found is not None:
                 surveys[name] = found
-    module, sparse = plan.choose(structure, surveys)
-    items = plan.make_items(source.layout, surveys, module, sparse)
+    module, sparse = storage_plan.choose(structure, surveys)
+    items = storage_plan.make_items(source.layout, surveys, module, sparse)
     needed = sum(item.nbytes for item in items)
     zeros = 1 - sum(surveys[name].nonzeros for name in sparse) / sum(
         surveys[name].rows * surveys[name].columns for name in sparse
@@ -190,7 +193,7 @@ def _write(
 
     with atomic.new_directory(directory, needed) as destination:
         with shards.progress_bar("writing", needed, progress) as bar:
-            shards.write_shards(destination, source, plan.make_shards(items, max_shard_size), bar.update)
+            shards.write_shards(destination, source, storage_plan.make_shards(items, max_shard_size), bar.update)
         described = sparse_config(config, module, ignore, zeros, quantization)
         shards.write_json(destination / "config.json", described)
         extras(destination)
@@ -226,11 +229,13 @@ def _read_source_config(source: Path) -> dict[str, Any]:
     return config
 
 
-def _stored_twice(source: Path, index: Mapping[str, files.StoredTensor], tied: Mapping[str, str]) -> frozenset[str]:
+def _stored_twice(
+    source: Path, index: Mapping[str, safetensors_file.StoredTensor], tied: Mapping[str, str]
+) -> frozenset[str]:
     """Tied weights that a directory holds under both names."""
 
     def raw(name: str) -> torch.Tensor:
-        return files.read_tensor(source, index[name]).reshape(-1).view(torch.uint8)
+        return safetensors_file.read_tensor(source, index[name]).reshape(-1).view(torch.uint8)
 
     return frozenset(
         alias

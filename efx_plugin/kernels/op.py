@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from efx_plugin.errors import EfxError
-from efx_plugin.kernels.choice import choose, find
+from efx_plugin.kernels.registry import choose, find
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,11 +13,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.models.utils import WeightsMapper
 
 from efx_plugin.checkpoint import FORMATS
-from efx_plugin.checkpoint.formats import PART_NAMES
+from efx_plugin.checkpoint.formats.registry import PART_NAMES
 from efx_plugin.errors import EfxError
-from efx_plugin.serving.loading import refuse_expert_parts, refuse_parts
-from efx_plugin.serving.method import SparseLinearMethod
+from efx_plugin.serving.linear_method import SparseLinearMethod
 from efx_plugin.serving.quantized import int8_scheme, readable_by_vllm, refuse_unpacked, restore_formats
+from efx_plugin.serving.weight_loader import refuse_expert_parts, refuse_parts
 
 logger = init_logger("vllm.efx_plugin")
 

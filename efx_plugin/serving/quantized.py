@@ -7,7 +7,7 @@ is what llm-compressor's schemes of these names make, symmetric as they are by d
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from efx_plugin.checkpoint.packed import NAME as PACK_QUANTIZED
+from efx_plugin.checkpoint.formats.pack_quantized import NAME as PACK_QUANTIZED
 from efx_plugin.errors import EfxError
 
 if TYPE_CHECKING:

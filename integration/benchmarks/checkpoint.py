@@ -19,7 +19,8 @@ from statistics import median
 import torch
 from safetensors.torch import load_file, save_file
 
-from efx_plugin.checkpoint import FORMATS, bits, decompress, native
+from efx_plugin.checkpoint import FORMATS, decompress
+from efx_plugin.checkpoint.codec import bits, native
 from integration.benchmarks.timing import OUTPUT, Timed, interleave, process, ratio, timed, write_json
 from integration.old_releases import install
 

@@ -51,7 +51,7 @@ def facts(llm: Any) -> dict[str, Any]:
     """The kernels of the sparse layers, their resident bytes and those of the same layers stored dense; versions."""
     from vllm import __version__ as vllm_version
 
-    from efx_plugin.serving.method import kernels_in_use
+    from efx_plugin.serving.linear_method import kernels_in_use
 
     sizes = llm.apply_model(linear_bytes)[0]
     return {

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from efx_plugin.errors import EfxError
-from efx_plugin.method.surgeon import paper_update
+from efx_plugin.method.repair import paper_update
 from efx_plugin.model.adapters import linear_layers
 from efx_plugin.modifier import EfficientXpertModifier
 from efx_plugin.training import EfficientXpertCallback

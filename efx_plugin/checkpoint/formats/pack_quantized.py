@@ -1,0 +1,50 @@
+"""`pack-quantized` of compressed-tensors with eight bits: four int8 weights of a row in each int32.
+
+    weight_packed  int32 [rows, ceil(columns/4)]  each weight plus 128, the first in the lowest byte
+    weight_shape   int64 [2]                      rows, columns
+
+vLLM takes weights that are quantized while activations are not in this form alone. It has no room for zeros to be left
+out, so it is the form in which such weights arrive, and leave again when the sparse compression is taken off.
+"""
+
+import torch
+
+from efx_plugin.checkpoint.formats import validate
+from efx_plugin.errors import SparseCheckpointError
+
+NAME = "pack-quantized"
+
+
+def layout(rows: int, columns: int) -> validate.Layout:
+    """The tensors of a weight [rows, columns]: name -> (dtype, shape)."""
+    return {
+        "weight_packed": (torch.int32, (rows, (columns + 3) // 4)),
+        "weight_shape": (torch.int64, (2,)),
+    }
+
+
+def compress(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Pack an int8 weight [rows, columns]."""
+    from compressed_tensors.compressors.pack_quantized import pack_to_int32
+
+    return {
+        "weight_packed": pack_to_int32(weight, num_bits=8).contiguous(),
+        "weight_shape": torch.tensor(weight.shape, device="cpu"),
+    }
+
+
+def decompress(parts: dict[str, torch.Tensor], where: str) -> torch.Tensor:
+    """The int8 weight [rows, columns].
+
+    Raises:
+        SparseCheckpointError: `weight_shape` disagrees with the words that are there; `where` is the module.
+    """
+    from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+
+    words, shape = parts["weight_packed"], parts["weight_shape"].flatten().tolist()
+    if len(shape) != 2 or (words.dtype, tuple(words.shape)) != layout(*shape)["weight_packed"]:
+        raise SparseCheckpointError(
+            f"{where}.weight_shape declares {shape}, but weight_packed is {words.dtype} {list(words.shape)}; "
+            "the checkpoint is corrupt, save it again."
+        )
+    return unpack_from_int32(words, num_bits=8, shape=torch.Size(shape)).contiguous()

@@ -1,0 +1,163 @@
+"""From a model on disk to a pruned sparse checkpoint: what `efx prune` runs."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import yaml
+from llmcompressor import oneshot
+from llmcompressor.modeling.moe.linearize import repack_moe
+from llmcompressor.recipe import Recipe
+from peft import PeftModel
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from efx_plugin.checkpoint import linear_bytes, save_sparse
+from efx_plugin.checkpoint.storage.atomic import refuse_existing
+from efx_plugin.errors import EfxError
+from efx_plugin.model.adapters import merge_adapters
+from efx_plugin.modifier import EfficientXpertModifier
+
+_LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def prune_to_checkpoint(
+    model: Path,
+    output: Path,
+    *,
+    recipe: Path,
+    dataset: Path,
+    adapter: Path | None = None,
+    samples: int = 128,
+    length: int = 512,
+    structure: str = "auto",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Load, calibrate, prune, merge and store; `output` appears only when complete.
+
+    Args:
+        model: directory of a causal language model with its tokenizer.
+        output: directory to write.
+        recipe: llm-compressor recipe in YAML.
+        dataset: calibration text, see `calibration_set`.
+        adapter: directory of a LoRA adapter, merged in fp32.
+        samples, length: number and tokens of the calibration sequences.
+        structure: sparse format, see `save_sparse`.
+        progress: show a progress bar while writing.
+
+    Returns:
+        Sparsity of the linear layers, and their bytes dense and on disk.
+
+    Raises:
+        EfxError: any input is unfit; nothing is written then.
+    """
+    refuse_existing(output)
+    loaded_recipe = load_recipe(recipe)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    calibration = calibration_set(dataset, tokenizer, samples=samples, length=length)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    if adapter is not None:
+        network = PeftModel.from_pretrained(network, adapter)
+        if not all(isinstance(modifier, EfficientXpertModifier) for modifier in loaded_recipe.modifiers):
+            network = merge_adapters(network)  # the other modifiers know nothing of adapters
+    oneshot(
+        model=network.base_model.model if isinstance(network, PeftModel) else network,
+        processor=tokenizer,
+        recipe=loaded_recipe,
+        dataset=calibration,
+        num_calibration_samples=samples,
+        max_seq_length=length,
+    )
+    if isinstance(network, PeftModel):
+        network = merge_adapters(network)
+    network = repack_moe(network)  # oneshot takes experts apart to calibrate them
+    metadata = {
+        "base_model": model.resolve().name,
+        "calibration": f"{len(calibration)} sequences of {length} tokens from {dataset.name}",
+    }
+    if adapter is not None:
+        metadata["adapter"] = adapter.resolve().name
+    save_sparse(
+        network,
+        output,
+        structure=structure,
+        tokenizer=tokenizer,
+        recipe=recipe,
+        metadata=metadata,
+        progress=progress,
+    )
+    sizes = linear_bytes(output)
+    return {"output": str(output), "linear_bytes_dense": sizes["dense"], "linear_bytes_sparse": sizes["sparse"]}
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe and refuse what llm-compressor would silently skip.
+
+    llm-compressor ignores every key outside of `NAME_stage: / NAME_modifiers:` and then reports success.
+
+    Raises:
+        EfxError: not YAML, no modifier in it, a modifier without arguments, or an argument it does not take.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise EfxError(f"the recipe {path} cannot be read ({reason}): correct the file") from error
+    shape = "NAME_stage: {NAME_modifiers: {MODIFIER: {argument: value}}}"
+    if not isinstance(content, dict):
+        raise EfxError(f"the recipe {path} is no mapping: write it as {shape}")
+    for stage, groups in content.items():
+        if not (stage.endswith("_stage") and isinstance(groups, dict)):
+            raise EfxError(f"{stage!r} in the recipe {path} would be ignored: write it as {shape}")
+        for group, modifiers in groups.items():
+            if not (group.endswith("_modifiers") and isinstance(modifiers, dict)):
+                raise EfxError(f"{group!r} in the recipe {path} would be ignored: write it as {shape}")
+            for modifier, arguments in modifiers.items():
+                if not isinstance(arguments, dict):
+                    raise EfxError(f"{modifier} in the recipe {path} has no arguments: write {modifier}: {{}}")
+    try:
+        recipe = Recipe.create_instance(str(path))
+    except ValidationError as error:
+        reasons = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise EfxError(f"{error.title} in the recipe {path} has a wrong argument ({reasons})") from error
+    except ValueError as error:
+        raise EfxError(f"the recipe {path} cannot be used: {error}") from error
+    if not recipe.modifiers:
+        raise EfxError(f"the recipe {path} names no modifier: write it as {shape}")
+    return recipe
+
+
+def calibration_set(path: Path, tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int) -> datasets.Dataset:
+    """Calibration sequences from a text file: documents joined by the end-of-sequence token and cut to `length`.
+
+    Args:
+        path: .txt (a document per line), .json/.jsonl or .parquet with a field `text`.
+
+    Returns:
+        Dataset of `input_ids` and `attention_mask`, at most `samples` sequences of exactly `length` tokens.
+
+    Raises:
+        EfxError: the file is missing, of another kind, has no field `text` or too little of it.
+    """
+    if not path.is_file():
+        raise EfxError(f"there is no calibration file {path}: pass --dataset a .txt, .jsonl or .parquet file")
+    loader = _LOADERS.get(path.suffix)
+    if loader is None:
+        raise EfxError(f"{path} is no calibration text: pass a file that ends in {', '.join(_LOADERS)}")
+    try:
+        documents = datasets.load_dataset(loader, data_files=str(path), split="train")
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        raise EfxError(f"{path} cannot be read as {loader}: {error}") from error
+    if "text" not in documents.column_names:
+        raise EfxError(f"{path} has no field `text`, only {', '.join(documents.column_names)}: rename the field")
+    tokens: list[int] = []
+    for document in documents:
+        tokens += tokenizer(document["text"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        if len(tokens) >= samples * length:
+            break
+    count = min(samples, len(tokens) // length)
+    if count == 0:
+        raise EfxError(f"{path} has only {len(tokens)} tokens: one calibration sequence takes {length}")
+    sequences = torch.tensor(tokens[: count * length]).reshape(count, length).tolist()
+    return datasets.Dataset.from_dict({"input_ids": sequences, "attention_mask": [[1] * length] * count})

@@ -1,0 +1,139 @@
+"""Which linear layers of which decoder blocks are to be pruned, and how much of each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.utils import is_match
+from loguru import logger
+from torch import Tensor, nn
+
+from efx_plugin.engine.arguments import PruningArguments
+from efx_plugin.errors import EfxError
+from efx_plugin.method.allocation import ScoreCounts
+from efx_plugin.method.scores import foresight_scores, wanda_saliency
+from efx_plugin.model.adapters import LinearLayer, effective_weight, inner_model, linear_layers
+
+
+@dataclass(frozen=True)
+class PlannedBlock:
+    """A decoder block to prune.
+
+    Attributes:
+        name: name of the block in the model without adapters.
+        block: the decoder block.
+        layers: its linear layers to prune.
+        others: its other linear layers.
+    """
+
+    name: str
+    block: nn.Module
+    layers: list[LinearLayer]
+    others: list[LinearLayer]
+
+
+def plan_blocks(
+    model: nn.Module, arguments: PruningArguments, block_classes: str | list[str] | None = None
+) -> list[PlannedBlock]:
+    """The decoder blocks of a model, in order, that hold targeted layers.
+
+    Args:
+        model: a transformers model or a PeftModel around one.
+        arguments: their targets and ignore choose the layers.
+        block_classes: class of the decoder blocks; None takes the model's own declaration.
+
+    Raises:
+        EfxError: no layer is targeted, one lies outside the decoder blocks, no blocks are found, a weight is not
+            finite, or its width does not suit the mask structure.
+    """
+    inner = inner_model(model)
+    layers = linear_layers(model)
+    targeted = [
+        layer for layer in layers if is_match(layer.name, layer.base, arguments.targets, ignore=arguments.ignore)
+    ]
+    if not targeted:
+        raise EfxError(
+            f"targets {arguments.targets} with ignore {arguments.ignore} match no linear layer of "
+            f"{type(inner).__name__}, which has {_examples(layers)}: correct targets or ignore"
+        )
+    for layer in targeted:
+        if not torch.isfinite(layer.base.weight).all():
+            raise EfxError(f"the weight of {layer.name} contains NaN or infinity: the model is damaged, load it anew")
+        if arguments.n_of_m is not None and layer.base.in_features % arguments.n_of_m[1]:
+            raise EfxError(
+                f"mask_structure {arguments.mask_structure!r} does not divide the {layer.base.in_features} inputs of "
+                f"{layer.name}: add it to ignore"
+            )
+    if arguments.comparison_group == "block" and arguments.propagation == "activation" and arguments.n_of_m is None:
+        logger.warning(
+            "propagation 'activation' gives q and k another unit than the other matrices; comparison_group 'matrix' "
+            "suits it better than 'block'"
+        )
+    plans, remaining = [], {layer.name for layer in targeted}
+    for name, block in decoder_blocks(inner, block_classes).items():
+        inside = [layer for layer in layers if layer.name.startswith(name + ".")]
+        chosen = [layer for layer in inside if layer.name in remaining]
+        if chosen:
+            plans.append(PlannedBlock(name, block, chosen, [layer for layer in inside if layer.name not in remaining]))
+            remaining -= {layer.name for layer in chosen}
+    if remaining:
+        raise EfxError(
+            f"{min(remaining)} is targeted but lies outside the decoder blocks of {type(inner).__name__}: "
+            "add it to ignore"
+        )
+    return plans
+
+
+def decoder_blocks(model: nn.Module, block_classes: str | list[str] | None = None) -> dict[str, nn.Module]:
+    """The decoder blocks of a transformers model by name, in order.
+
+    Raises:
+        EfxError: none are found.
+    """
+    # Importing llm-compressor registers the modifier, which imports this module.
+    from llmcompressor.utils.pytorch.module import infer_sequential_targets
+
+    try:
+        targets = infer_sequential_targets(model, block_classes)
+    except (AttributeError, TypeError):
+        targets = []
+    blocks = {name: module for name, module in model.named_modules() if name and is_match(name, module, targets)}
+    # A LoRA wrapper or a nested match is no block of its own.
+    blocks = {
+        name: block for name, block in blocks.items() if not any(name.startswith(other + ".") for other in blocks)
+    }
+    if not blocks:
+        raise EfxError(
+            f"{type(model).__name__} is an unknown architecture: no decoder blocks found in it; name their class in "
+            "oneshot's sequential_targets"
+        )
+    return blocks
+
+
+def allocate_over_blocks(
+    plans: list[PlannedBlock],
+    arguments: PruningArguments,
+    sensitivities: Mapping[str, Tensor],
+    energies: Mapping[str, Tensor],
+) -> dict[str, float]:
+    """Allocation "layer": for each layer by name, the fraction that its decoder block loses when all blocks compete.
+
+    Args:
+        plans: the blocks.
+        arguments: their sparsity is that of the whole.
+        sensitivities: Fisher c of every layer, fp32 [out].
+        energies: E[x²] of every layer's inputs, fp32 [in].
+    """
+    counts = ScoreCounts(arguments.sparsity, arguments.floor)
+    for plan in plans:
+        for layer in plan.layers:
+            saliency = wanda_saliency(effective_weight(layer), energies[layer.name])
+            counts.add(plan.name, foresight_scores(saliency, sensitivities[layer.name]))
+    of_block = counts.sparsities()
+    return {layer.name: of_block[plan.name] for plan in plans for layer in plan.layers}
+
+
+def _examples(layers: list[LinearLayer]) -> str:
+    if not layers:
+        return "no torch.nn.Linear at all"
+    return f"{len(layers)} of them, such as {layers[0].name}"

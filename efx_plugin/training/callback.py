@@ -1,0 +1,490 @@
+"""LoRA training that ends sparse: the life cycle of transformers' Trainer onto the engine in `model/`.
+
+Training starts dense. At each pruning point the training batches before it become calibration data, the scores are
+those of the unmasked W + s·B A, and from there on the model computes, and the adapter learns, under the new mask. W
+itself stays unmasked, so a later pruning point may take a weight back. After the last one the mask stays, and at the
+end of training everything is merged into a plain sparse model.
+"""
+
+import inspect
+import math
+import time
+from collections import deque
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+
+from efx_plugin.engine.arguments import PruningArguments
+from efx_plugin.engine.block_pruner import Decision, PrunedLayer
+from efx_plugin.engine.blocks import PlannedBlock, allocate_over_blocks, plan_blocks
+from efx_plugin.engine.distributed import gather_objects, world
+from efx_plugin.engine.fisher import FisherStatistics
+from efx_plugin.engine.sequential import Batch, prune_in_sequence, register_hook
+from efx_plugin.errors import EfxError
+from efx_plugin.model.adapters import (
+    LinearLayer,
+    absorb,
+    active_adapters,
+    add_to_adapter,
+    effective_weight,
+    linear_layers,
+    read_parameter,
+    write_parameter,
+)
+from efx_plugin.model.masked import has_dropout, install_mask, mask_of, remove_mask
+from efx_plugin.training.schedule import pruning_steps
+from efx_plugin.training.state import link_state, pack_mask, read_state, unpack_mask, write_state
+
+# Files in the Trainer's checkpoint: one for all processes, and one for each.
+_PRUNED = "efficientxpert.safetensors"
+_OWN = "efficientxpert-{}.safetensors"
+
+# Arguments of a forward pass that do not change what the decoder blocks see.
+_NOT_INPUTS = {"labels", "num_items_in_batch", "use_cache", "logits_to_keep"}
+# Parts of the names of what PEFT adds to a model's state.
+_NOT_IN_A_PLAIN_MODEL = (".lora_", ".trainable_tokens_", ".original_module.", ".modules_to_save.")
+
+
+class EfficientXpertCallback(TrainerCallback):
+    """Prunes a model for the domain that its LoRA adapters are being trained on (arXiv 2511.19935).
+
+    For transformers' Trainer and its subclasses, such as TRL's SFTTrainer:
+
+        trainer = SFTTrainer(model, ..., peft_config=LoraConfig(...), callbacks=[EfficientXpertCallback(sparsity=0.5)])
+        trainer.train()
+        save_sparse(merge_adapters(trainer.model), "expert")
+
+    The model starts dense, is pruned at one or more pruning points, and goes on learning under the mask in between and
+    afterwards. At the end the product of every adapter lies in the base weights, B is zero, and so is every pruned
+    weight; `Trainer.save_model` then stores the plain model. Each pruning point adds to the Trainer's log, for all its
+    reporters: `sparsity`, `mask_iou` with the previous mask, `repair_gain` (the mean fraction of a masked layer's
+    error that its repair took away) and `pruning_seconds`.
+
+    A Trainer checkpoint also gets what a run needs to go on from there and end with the same masks.
+
+    Args:
+        warmup_fraction: fraction of the training steps before the first pruning point.
+        refreshes: number of pruning points, evenly spaced from the end of the warm-up to the start of the final phase.
+        final_fraction: fraction of the training steps after the last pruning point, under its mask; by default what
+            the warm-up leaves where there is one pruning point, else a third.
+        calibration_tokens: tokens of the training batches before a pruning point that calibrate it, over all processes.
+            Padding and, where labels leave some tokens out of the loss, those tokens do not count.
+        pruning_arguments: those of `PruningArguments`. Propagation "fisher" uses the gradients of training itself.
+
+    Attributes:
+        masks: after training, bool [out, in] by name of the layer in the model without adapters, True where a weight
+            was kept.
+
+    Raises:
+        EfxError: an argument that does not exist, or arguments that contradict each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        warmup_fraction: float = 1 / 3,
+        refreshes: int = 1,
+        final_fraction: float | None = None,
+        calibration_tokens: int = 8192,
+        **pruning_arguments: Any,
+    ):
+        if final_fraction is None:
+            final_fraction = 1 - warmup_fraction if refreshes == 1 else 1 / 3
+        if not (0 <= warmup_fraction <= 1 and 0 <= final_fraction <= 1 and warmup_fraction + final_fraction < 1 + 1e-9):
+            raise EfxError(
+                f"warmup_fraction {warmup_fraction} and final_fraction {final_fraction} are no two fractions of one "
+                "training: they must lie between 0 and 1 and add up to 1 at most"
+            )
+        if refreshes < 1 or calibration_tokens < 1:
+            raise EfxError(
+                f"refreshes {refreshes} and calibration_tokens {calibration_tokens} must be 1 at least: nothing would "
+                "be pruned"
+            )
+        if refreshes == 1 and not math.isclose(warmup_fraction + final_fraction, 1):
+            raise EfxError(
+                f"with one pruning point the final phase starts where the warm-up ends, but warmup_fraction "
+                f"{warmup_fraction:.3g} and final_fraction {final_fraction:.3g} do not add up to 1: leave one of them "
+                "out, or set refreshes to 2 or more"
+            )
+        try:
+            self.arguments = PruningArguments(**pruning_arguments)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise EfxError(f"{'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg']}") from error
+        self.warmup_fraction, self.refreshes, self.final_fraction = warmup_fraction, refreshes, final_fraction
+        self.calibration_tokens = calibration_tokens
+        self.masks: dict[str, Tensor] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs
+    ):
+        _refuse(args, model)
+        vars(model).pop("save_pretrained", None)  # of a training that has ended
+        _move_to_front(self, inspect.currentframe().f_back.f_locals.get("self"))
+        self._schedule = pruning_steps(state.max_steps, self.warmup_fraction, self.refreshes, self.final_fraction)
+        self._plans: list[PlannedBlock] = plan_blocks(model, self.arguments)
+        self._layers = [layer for plan in self._plans for layer in plan.layers]
+        self._pruned = 0  # pruning points that lie behind
+        self._step = state.global_step
+        # Batches of this process with their step, and their tokens; the last ones that calibrate the next pruning.
+        self._batches: deque[tuple[int, Batch, int]] = deque()
+        self._current: Tensor | None = None
+        self._averages: dict[str, Tensor] | None = {} if self.refreshes > 1 else None
+        self._fisher: FisherStatistics | None = None
+        if self.arguments.uses_propagation and self.arguments.propagation == "fisher":
+            self._fisher = FisherStatistics(self._layers, lambda: self._current)
+        self._watching = ExitStack()  # hooks of the Fisher statistics, while they watch
+        self._watches = False
+        self._pending: dict[str, float] = {}
+        self._pruned_state: Path | None = None  # a file that holds what the last pruning point has changed
+        self._recording = model.register_forward_pre_hook(self._see_batch, with_kwargs=True)
+        self.masks = {}
+        if state.global_step:
+            self._restore(args, state)
+        if self._pruned < len(self._schedule):
+            self._watch()
+        else:
+            self._recording.remove()
+        if args.save_strategy != "no" and isinstance(model, PeftModel) and len(model.active_adapters) > 1:
+            logger.warning(
+                f"the Trainer resumes one adapter and {len(model.active_adapters)} are being trained: this run cannot "
+                "go on from its checkpoints"
+            )
+        if any(has_dropout(layer) for layer in self._layers):
+            logger.warning(f"lora_dropout has no counterpart under a mask: it is off from step {self._schedule[0]} on")
+
+    # ------------------------------------------------------------------------------------- what training shows
+
+    def _see_batch(self, module: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
+        if not (module.training and torch.is_grad_enabled()):  # an evaluation
+            return
+        shown = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        if shown is None:
+            raise EfxError(
+                "EfficientXpertCallback records training batches and found neither input_ids nor inputs_embeds among "
+                "the keyword arguments of the model: pass them by name in compute_loss"
+            )
+        mask = torch.ones(shown.shape[:2], dtype=torch.bool, device=shown.device)
+        attention_mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
+        if attention_mask is not None and attention_mask.shape == mask.shape:
+            mask &= attention_mask.bool()
+        if labels is not None and labels.shape == mask.shape and bool((in_loss := labels != -100).any()):
+            mask &= in_loss
+        inputs = {
+            name: value.detach() if isinstance(value, Tensor) else value
+            for name, value in kwargs.items()
+            if name not in _NOT_INPUTS and ((isinstance(value, Tensor) and value.dim()) or type(value) is int)
+        }
+        tokens = int(mask.sum())
+        self._current = mask
+        self._batches.append((self._step, Batch(inputs, mask), tokens))
+        while self._recorded - self._batches[0][2] >= self._budget:
+            self._batches.popleft()
+        if self._watches:
+            self._fisher.see_tokens(tokens)
+
+    @property
+    def _budget(self) -> int:
+        return math.ceil(self.calibration_tokens / world()[1])
+
+    @property
+    def _recorded(self) -> int:
+        return sum(tokens for _, _, tokens in self._batches)
+
+    def _watch(self) -> None:
+        """Let the Fisher statistics see the steps that are going to fill `calibration_tokens`, and no others: their
+        hooks take time."""
+        if self._fisher is None:
+            return
+        steps = len({step for step, _, _ in self._batches})
+        per_step = self._recorded / steps if steps else 0
+        wanted = (self._schedule[self._pruned] - self._step - 1) * per_step < self._budget
+        if wanted and not self._watches:
+            self._fisher.attach(partial(register_hook, self._watching))
+        elif not wanted and self._watches:
+            self._watching.close()
+            self._fisher.reset()
+        self._watches = wanted
+
+    # ------------------------------------------------------------------------------------------- pruning points
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        **kwargs,
+    ):
+        self._step = state.global_step
+        if self._pruned == len(self._schedule):
+            return
+        if self._step == self._schedule[self._pruned]:
+            self._pending = self._prune(model, optimizer, show=state.is_world_process_zero)
+            control.should_log = True
+        if self._pruned < len(self._schedule):
+            self._watch()
+
+    def _prune(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, show: bool) -> dict[str, float]:
+        started = time.perf_counter()
+        # Under FSDP every forward pass is a collective: all processes take as many batches as the poorest has.
+        count = min(gather_objects(len(self._batches)))
+        batches = [batch for _, batch, _ in self._batches][len(self._batches) - count :]
+        tokens = sum(gather_objects(sum(int(batch.mask.sum()) for batch in batches)))
+        if tokens < self.calibration_tokens and show:
+            logger.warning(
+                f"the pruning point at step {self._step} is calibrated on {tokens} tokens instead of "
+                f"{self.calibration_tokens}: training has seen no more since the last one"
+            )
+        sensitivities = sparsities = None
+        if self._fisher is not None:
+            fisher = self._fisher.result()
+            sensitivities = fisher.sensitivities
+        self._watching.close()
+        self._watches = False
+        previous = {layer.name: mask_of(layer) for layer in self._layers}
+        for layer in self._layers:
+            remove_mask(layer)
+        if self.arguments.allocation == "layer":
+            sparsities = allocate_over_blocks(self._plans, self.arguments, sensitivities, fisher.energies)
+        results = prune_in_sequence(
+            model,
+            self._plans,
+            self.arguments,
+            batches,
+            store=partial(self._store, optimizer),
+            sparsities=sparsities,
+            sensitivities=sensitivities,
+            averages=self._averages,
+            progress=f"Pruning at step {self._step}" if show else None,
+        )
+        self._batches.clear()
+        if self._fisher is not None:
+            self._fisher.reset()
+        self._pruned += 1
+        self._pruned_state = None
+        if self._pruned == len(self._schedule):
+            self._recording.remove()
+        measured = _measures(results)
+        if None not in previous.values():
+            measured["mask_iou"] = _intersection_over_union(previous, self._layers)
+        measured["pruning_seconds"] = time.perf_counter() - started
+        if show:
+            logger.info(
+                f"pruning point {self._pruned} of {self.refreshes}, step {self._step}: "
+                + ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+            )
+        return measured
+
+    def _store(self, optimizer: torch.optim.Optimizer, layer: LinearLayer, decision: Decision) -> None:
+        """The repair into what is kept, with B as it is or W as it is; what is pruned keeps its place in W."""
+        changed = []
+        if decision.update is not None:
+            add_to_adapter(layer, decision.update)
+            changed = [layer.module.lora_B[adapter].weight for adapter in active_adapters(layer)]
+        elif self.arguments.repair == "weights":
+            base = read_parameter(layer.base.weight).float()
+            repaired = base + decision.weight - effective_weight(layer)
+            write_parameter(layer.base, torch.where(decision.keep, repaired, base))
+            changed = [layer.base.weight]
+        for parameter in changed:  # moments of gradients at another point
+            optimizer.state.pop(parameter, None)
+        install_mask(layer, decision.keep)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, logs: dict[str, float], **kwargs
+    ):
+        logs |= self._pending
+        if state.log_history:  # the Trainer has copied the logs there already
+            state.log_history[-1] |= self._pending
+        self._pending = {}
+
+    # ------------------------------------------------------------------------------------------------- the end
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs
+    ):
+        self._watching.close()
+        self._recording.remove()
+        if self._pruned < len(self._schedule):
+            raise EfxError(
+                f"training has ended after step {state.global_step}, before the pruning point at step "
+                f"{self._schedule[self._pruned]}: the model is not sparse, let training go on"
+            )
+        for layer in linear_layers(model):
+            keep = mask_of(layer)
+            if keep is not None:
+                remove_mask(layer)
+                absorb(layer, effective_weight(layer) * keep)
+                self.masks[layer.name] = keep
+            elif active_adapters(layer):
+                absorb(layer, effective_weight(layer))
+        if isinstance(model, PeftModel):
+            for module in model.modules():  # what was trained of embeddings
+                if isinstance(module, BaseTunerLayer) and not isinstance(module.get_base_layer(), nn.Linear):
+                    module.merge()
+            model.save_pretrained = partial(_save_merged, model)
+
+    # ---------------------------------------------------------------------------------------------- checkpoints
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._pruned:
+            self._save_pruned(directory)
+        tensors: dict[str, Tensor] = {}
+        batches, energy_tokens = [], {}
+        for index, (step, batch, _tokens) in enumerate(self._batches):
+            tensors[f"batch.{index}.mask"] = batch.mask
+            held = {name: value for name, value in batch.inputs.items() if isinstance(value, Tensor)}
+            tensors |= {f"batch.{index}.inputs.{name}": value for name, value in held.items()}
+            numbers = {name: value for name, value in batch.inputs.items() if name not in held}
+            batches.append({"step": step, "tensors": list(held), "numbers": numbers})
+        if self._watches:
+            tensors |= {f"fisher.{name}": total for name, total in self._fisher.sums.items()}
+            tensors |= {f"energy.{name}": inputs.sum for name, inputs in self._fisher.inputs.items()}
+            energy_tokens = {name: inputs.count for name, inputs in self._fisher.inputs.items()}
+        values = {
+            "arguments": self._described(),
+            "pruned": self._pruned,
+            "watches": self._watches,
+            "fisher_tokens": self._fisher.count if self._watches else 0,
+            "energy_tokens": energy_tokens,
+            "batches": batches,
+        }
+        write_state(directory / _OWN.format(world()[0]), tensors, values)
+
+    def _save_pruned(self, directory: Path) -> None:
+        """What pruning points alone change: about the size of the model, so only the first checkpoint after one
+        writes it."""
+        rank, path = world()[0], directory / _PRUNED
+        linked = rank == 0 and self._pruned_state is not None and link_state(self._pruned_state, path)
+        if not gather_objects(linked)[0]:
+            tensors: dict[str, Tensor] = {}
+            for layer in self._layers:
+                keep, weight = mask_of(layer), None
+                if self.arguments.repair == "weights" and not layer.base.weight.requires_grad:
+                    weight = read_parameter(layer.base.weight)  # by every process, where it is sharded
+                if rank == 0:
+                    tensors[f"mask.{layer.name}"] = pack_mask(keep)
+                    if weight is not None:
+                        tensors[f"weight.{layer.name}"] = weight
+            if rank == 0:
+                tensors |= {f"average.{name}": average for name, average in (self._averages or {}).items()}
+                write_state(path, tensors, {})
+        self._pruned_state = path
+
+    def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
+        directory = _resumed_from(args, state)
+        tensors, values = read_state(directory / _OWN.format(world()[0]))
+        for name, value in self._described().items():
+            if values["arguments"].get(name) != value:
+                raise EfxError(
+                    f"{directory} was written with {name} {values['arguments'].get(name)!r} and this run has "
+                    f"{value!r}: resume with the same {name}"
+                )
+        self._pruned = values["pruned"]
+        if self._pruned:
+            self._restore_pruned(directory / _PRUNED)
+        for index, batch in enumerate(values["batches"]):
+            inputs = {name: tensors[f"batch.{index}.inputs.{name}"] for name in batch["tensors"]} | batch["numbers"]
+            mask = tensors[f"batch.{index}.mask"]
+            self._batches.append((batch["step"], Batch(inputs, mask), int(mask.sum())))
+        if values["watches"]:
+            for name, total in self._fisher.sums.items():
+                total.copy_(tensors[f"fisher.{name}"])
+            for name, inputs in self._fisher.inputs.items():
+                inputs.sum.copy_(tensors[f"energy.{name}"])
+                inputs.count = values["energy_tokens"][name]
+            self._fisher.count = values["fisher_tokens"]
+
+    def _restore_pruned(self, path: Path) -> None:
+        tensors, _ = read_state(path)
+        self._pruned_state = path
+        for layer in self._layers:
+            if (weight := tensors.get(f"weight.{layer.name}")) is not None:
+                write_parameter(layer.base, weight.to(layer.base.weight.device))
+            install_mask(layer, unpack_mask(tensors[f"mask.{layer.name}"], layer.base.weight.shape))
+            if (average := tensors.get(f"average.{layer.name}")) is not None:
+                self._averages[layer.name] = average.to(layer.base.weight.device)
+
+    def _described(self) -> dict[str, Any]:
+        return {
+            "warmup_fraction": self.warmup_fraction,
+            "refreshes": self.refreshes,
+            "final_fraction": self.final_fraction,
+            "calibration_tokens": self.calibration_tokens,
+            **self.arguments.model_dump(mode="json"),
+            "pruning steps": self._schedule,
+            "number of processes": world()[1],
+        }
+
+
+def _refuse(args: TrainingArguments, model: nn.Module) -> None:
+    if args.load_best_model_at_end:
+        raise EfxError(
+            "load_best_model_at_end would put the adapter of a step before the last pruning point beside the weights "
+            "and masks of the last one: set it to False"
+        )
+    if args.deepspeed is not None:
+        raise EfxError("EfficientXpertCallback does not know DeepSpeed's parameters: use DDP or FSDP2 instead")
+    if args.n_gpu > 1:
+        raise EfxError("EfficientXpertCallback needs a process for each GPU: start training with torchrun")
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise EfxError("EfficientXpertCallback needs whole parameters and FSDP1 flattens them: set fsdp_version to 2")
+
+
+def _move_to_front(callback: TrainerCallback, handler: object) -> None:
+    """Call this callback before the reporters, which log what is in the logs when their turn comes.
+
+    The handler is in the middle of its list: taking from its end part and putting in front leaves the rest in place.
+    """
+    if isinstance(handler, CallbackHandler):
+        handler.callbacks.remove(callback)
+        handler.callbacks.insert(0, callback)
+
+
+def _measures(results: list[PrunedLayer]) -> dict[str, float]:
+    measured = {"sparsity": sum(result.zeros for result in results) / sum(result.size for result in results)}
+    if gains := [result.gain for result in results if result.gain is not None]:
+        measured["repair_gain"] = sum(gains) / len(gains)
+    return measured
+
+
+def _intersection_over_union(previous: dict[str, Tensor], layers: list[LinearLayer]) -> float:
+    common = total = 0
+    for layer in layers:
+        before, now = previous[layer.name], mask_of(layer)
+        common += int((before & now).sum())
+        total += int((before | now).sum())
+    return common / total
+
+
+def _resumed_from(args: TrainingArguments, state: TrainerState) -> Path:
+    """The checkpoint that training goes on from, which the Trainer does not tell."""
+    name = f"checkpoint-{state.global_step}"
+    named = args.resume_from_checkpoint
+    return Path(named) if isinstance(named, str) and Path(named).name == name else Path(args.output_dir) / name
+
+
+def _save_merged(model: PeftModel, save_directory: str, state_dict: dict[str, Tensor] | None = None, **kwargs: Any):
+    """What `save_pretrained` does once the adapters add nothing: store the plain model."""
+    plain, trained_whole = {}, f".modules_to_save.{model.active_adapters[0]}."
+    for name, tensor in (model.state_dict() if state_dict is None else state_dict).items():
+        name = name.removeprefix("base_model.model.").replace(".token_adapter.", ".")
+        name = name.replace(".base_layer.", ".").replace(trained_whole, ".")
+        if not any(part in name for part in _NOT_IN_A_PLAIN_MODEL):
+            plain[name] = tensor
+    model.get_base_model().save_pretrained(save_directory, state_dict=plain, **kwargs)

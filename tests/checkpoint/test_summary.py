@@ -1,0 +1,88 @@
+import json
+
+import pytest
+import torch
+
+from efx_plugin.checkpoint import save_sparse
+from efx_plugin.checkpoint.storage.checksums import FILE
+from efx_plugin.checkpoint.summary import summarize
+from efx_plugin.errors import SparseCheckpointError
+from efx_plugin.plots import sparsity_heat_map
+from tests.support.tiny_llama import tiny_llama
+
+
+def pruned(structure):
+    model = tiny_llama()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "_proj" in name:
+            if structure == "2:4":
+                groups = parameter.data.view(-1, 4)
+                groups.scatter_(1, groups.abs().topk(2, dim=1, largest=False).indices, 0)
+            else:
+                drop = 0.25 if "v_proj" in name else 0.6
+                parameter.data[torch.rand(parameter.shape, generator=generator) < drop] = 0
+    return model
+
+
+@pytest.fixture(params=["2:4", "unstructured"])
+def saved(request, tmp_path):
+    model = pruned(request.param)
+    save_sparse(model, tmp_path / "sparse", progress=False)
+    return request.param, model, tmp_path / "sparse"
+
+
+def test_the_summary_counts_what_the_model_holds(saved):
+    structure, model, directory = saved
+    summary = summarize(directory)
+    weights = {name: p for name, p in model.named_parameters() if "_proj" in name}
+    assert {weight.name for weight in summary.weights} == set(weights)
+    for weight in summary.weights:
+        assert (weight.size, weight.zeros) == (weights[weight.name].numel(), int((weights[weight.name] == 0).sum()))
+    zeros = sum(int((p == 0).sum()) for p in weights.values())
+    assert summary.sparsity == pytest.approx(zeros / sum(p.numel() for p in weights.values()))
+    assert summary.parameters == sum(p.numel() for p in model.parameters())
+    assert summary.bytes_dense == 4 * summary.parameters
+    assert summary.bytes_on_disk < summary.bytes_dense
+    assert summary.two_of_four == (structure == "2:4")
+    assert (summary.format, summary.dtype) == (
+        "sparse-24-bitmask" if structure == "2:4" else "sparse-bitmask",
+        "float32",
+    )
+    assert set(summary.by_layer) == {0, 1} and len(summary.by_projection) == 7
+    values = [p for name, p in weights.items() if "v_proj" in name]
+    expected = sum(int((p == 0).sum()) for p in values) / sum(p.numel() for p in values)
+    assert summary.by_projection["self_attn.v_proj"] == pytest.approx(expected)
+    assert json.loads(json.dumps(summary.as_json()))["sparsity"] == summary.sparsity
+
+
+def test_a_2_of_4_pattern_is_seen_in_the_unstructured_format_too(tmp_path):
+    save_sparse(pruned("2:4"), tmp_path / "sparse", structure="sparse-bitmask", progress=False)
+    assert summarize(tmp_path / "sparse").two_of_four
+
+
+def test_checksums_tell_a_changed_value_that_no_other_check_can_see(saved):
+    _, _, directory = saved
+    assert summarize(directory).checksums == "not checked"
+    assert summarize(directory, verify=True).checksums == "match"
+    weights = directory / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(SparseCheckpointError, match=r"model\.safetensors is not what SHA256SUMS says"):
+        summarize(directory, verify=True)
+
+
+@pytest.mark.parametrize("line", ["nonsense", "0" * 64 + "  ../escape", "0" * 64 + "  missing.safetensors"])
+def test_a_list_of_checksums_is_not_trusted_either(saved, line):
+    _, _, directory = saved
+    (directory / FILE).write_text(line + "\n")
+    with pytest.raises(SparseCheckpointError, match="SHA256SUMS"):
+        summarize(directory, verify=True)
+    (directory / FILE).unlink()
+    assert summarize(directory, verify=True).checksums == "absent"
+
+
+def test_the_heat_map_is_a_picture(saved, tmp_path):
+    sparsity_heat_map(summarize(saved[2]), tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")

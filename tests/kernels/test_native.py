@@ -1,0 +1,413 @@
+"""The compiled kernels compute the sparse product to the last rounding, in every instruction set of this processor."""
+
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from efx_plugin.kernels import native
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "efx_plugin" / "kernels" / "native"
+CXX = shutil.which("g++")
+ISAS = [kernel.name for kernel in native.kernels().values() if kernel.is_supported]
+KINDS = ["bf16", "int8", "int8_dynamic"]
+DTYPES = [torch.bfloat16, torch.float32]
+HEADER = ("magic", "kind", "rows", "columns", "blocks", "groups", "values")
+HEADER += ("scales_at", "sums_at", "offsets_at", "masks_at", "values_at", "size")
+
+pytestmark = pytest.mark.skipif(not ISAS, reason="the kernels are not compiled")
+every_isa = pytest.mark.parametrize("isa", ISAS)
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def make_weight(kind: str, rows: int, columns: int, density=0.5, seed=0) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A sparse weight of which a row is empty and a row is full, and the scales if it is int8."""
+    generator = torch.Generator().manual_seed(seed)
+    keep = torch.rand(rows, columns, generator=generator) < density
+    keep[0], keep[-1] = False, True
+    if kind == "bf16":
+        return (torch.randn(rows, columns, generator=generator) * keep).bfloat16(), None
+    weight = torch.randint(-128, 128, (rows, columns), generator=generator) * keep
+    return weight.to(torch.int8), torch.rand(rows, generator=generator) + 0.01
+
+
+def pack(isa: str, kind: str, weight: torch.Tensor, scales: torch.Tensor | None) -> list[torch.Tensor]:
+    return list(native.kernels()[isa].pack(weight, scales, kind == "int8_dynamic"))
+
+
+def linear(isa: str, x: torch.Tensor, packed: list[torch.Tensor], bias, rows: int) -> torch.Tensor:
+    return native.kernels()[isa].linear(x, packed, bias, rows)
+
+
+# Against float64.
+
+
+def expected(kind, weight, scales, x, bias) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result in float64, and how far from it sums in float32 may be.
+
+    K products added in any order, each product and each sum rounded, are off by at most gamma_n = n u / (1 - n u) times
+    the sum of magnitudes, with u = 2^-24 and n = K (Higham, Accuracy and Stability of Numerical Algorithms, section
+    3.1); four roundings more come from the scales and the bias. Quantized activations are integers, except that x / s
+    within 3 roundings of a half may go to either side: s, 1 / s and x (1 / s) are rounded.
+    """
+    w, x = weight.double(), x.double()
+    undecided = torch.zeros_like(x)
+    x_scale = torch.ones(())
+    if kind == "int8_dynamic":
+        x_scale = x.abs().amax(-1, keepdim=True) / 127
+        exact = torch.where(x_scale > 0, x / x_scale, 0)
+        x = exact.round()
+        undecided = (((exact - exact.floor()) - 0.5).abs() < 127 * 3 * 2**-24).double()
+    scale = x_scale if scales is None else scales.double() * x_scale
+    y, magnitude = (x @ w.T) * scale, (x.abs() @ w.abs().T) * scale
+    slack = (undecided @ w.abs().T) * scale
+    if bias is not None:
+        y, magnitude = y + bias.double(), magnitude + bias.double().abs()
+    n = (weight.shape[1] + 4) * 2.0**-24
+    return y, n / (1 - n) * (magnitude + slack) + slack
+
+
+@every_isa
+@every_kind
+@settings(max_examples=170, deadline=None)  # of 12 combinations: 2,040 cases
+@given(
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 300),
+    m=st.one_of(st.integers(1, 70), st.sampled_from([513, 530])),
+    density=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_is_the_rounding_of_a_sum_in_float32(isa, kind, rows, columns, m, density, dtype, with_bias, seed):
+    """Rounding is monotone: a result is right if and only if it lies between the roundings of the bounds of its sum."""
+    weight, scales = make_weight(kind, rows, columns, density, seed)
+    x = torch.randn(m, columns, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
+    x[m // 2] = 0
+    bias = torch.randn(rows, generator=torch.Generator().manual_seed(seed + 2)).to(dtype) if with_bias else None
+    y = linear(isa, x, pack(isa, kind, weight, scales), bias, rows)
+    exact, error = expected(kind, weight, scales, x, bias)
+    assert y.dtype == dtype and y.is_contiguous()
+    assert ((exact - error).to(dtype) <= y).all() and (y <= (exact + error).to(dtype)).all()
+
+
+# What the result does not depend on.
+
+
+@every_isa
+@every_kind
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_the_same_bits_in_any_batch_and_on_any_threads(isa, kind, dtype):
+    weight, scales = make_weight(kind, 115, 334)
+    packed, bias = pack(isa, kind, weight, scales), torch.randn(115).to(dtype)
+    x = torch.randn(513, 334).to(dtype)
+    y = linear(isa, x, packed, bias, 115)
+    for m in [*range(1, 20), 70, 512]:
+        assert torch.equal(linear(isa, x[-m:], packed, bias, 115), y[-m:]), m
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for m in (1, 5, 513):
+                assert torch.equal(linear(isa, x[:m], packed, bias, 115), y[:m]), (count, m)
+            assert torch.equal(pack(isa, kind, weight, scales)[0], packed[0])
+    finally:
+        torch.set_num_threads(1)
+
+
+@every_isa
+@every_kind
+def test_several_threads_may_use_a_packed_weight_at_once(isa, kind):
+    weight, scales = make_weight(kind, 67, 261)
+    packed = pack(isa, kind, weight, scales)
+    batches = [torch.randn(m, 261).bfloat16() for m in [1, 3, 17, 40, 9, 2, 64, 31] * 8]
+    alone = [linear(isa, x, packed, None, 67) for x in batches]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda x: linear(isa, x, packed, None, 67), batches))
+    assert all(map(torch.equal, together, alone))
+
+
+@every_isa
+@pytest.mark.parametrize("shape", [(), (0,), (2, 0), (2, 3)])
+def test_leading_dimensions_and_strides_are_those_of_torch(isa, shape):
+    weight, _ = make_weight("bf16", 33, 20)
+    packed = pack(isa, "bf16", weight, None)
+    x = torch.randn(*shape, 20, 2).bfloat16()[..., 0]
+    bias = torch.randn(33, 2).bfloat16()[:, 0]
+    y = linear(isa, x, packed, bias, 33)
+    assert y.shape == (*shape, 33)
+    assert torch.equal(y, linear(isa, x.clone(), packed, bias.clone(), 33))
+    assert torch.equal(pack(isa, "bf16", weight.t().contiguous().t(), None)[0], packed[0])
+
+
+# The packed weight.
+
+
+@every_kind
+@settings(deadline=None)
+@given(rows=st.integers(1, 70), columns=st.integers(1, 300), seed=st.integers(0, 1000))
+def test_every_instruction_set_packs_the_same_bytes(kind, rows, columns, seed):
+    weight, scales = make_weight(kind, rows, columns, 0.5, seed)
+    first, *others = [pack(isa, kind, weight, scales)[0] for isa in ISAS]
+    assert all(torch.equal(other, first) for other in others)
+
+
+def two_of_four(rows: int, columns: int) -> torch.Tensor:
+    weight = torch.randn(rows, columns // 4, 4)
+    order = weight.abs().argsort(-1).argsort(-1)
+    return (weight * (order >= 2)).reshape(rows, columns).bfloat16()
+
+
+@every_isa
+def test_half_the_weights_take_a_little_more_than_half_the_bytes(isa):
+    scattered = torch.randn(576, 1536).bfloat16()
+    scattered[torch.rand(576, 1536) < 0.5] = 0
+    for weight in (scattered, two_of_four(576, 1536)):
+        (buffer,) = pack(isa, "bf16", weight, None)
+        assert buffer.nbytes <= 0.58 * weight.nbytes
+        x = torch.randn(3, 1536).bfloat16()
+        exact, error = expected("bf16", weight, None, x, None)
+        y = linear(isa, x, [buffer], None, 576)
+        assert ((exact - error).bfloat16() <= y).all() and (y <= (exact + error).bfloat16()).all()
+
+
+@every_isa
+def test_float32_weights_that_bfloat16_holds_are_packed_as_such(isa):
+    weight, _ = make_weight("bf16", 30, 50)
+    assert torch.equal(pack(isa, "bf16", weight.float(), None)[0], pack(isa, "bf16", weight, None)[0])
+
+
+# Numbers that are not like others.
+
+
+@every_isa
+@pytest.mark.parametrize("m", [1, 5, 40])
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_reaches_the_rows_that_use_it_and_no_other_token(isa, m, special):
+    weight, _ = make_weight("bf16", 40, 52)
+    packed = pack(isa, "bf16", weight, None)
+    x = torch.randn(m, 52).bfloat16()
+    clean = linear(isa, x, packed, None, 40)
+    x[m // 2, 7] = special
+    y = linear(isa, x, packed, None, 40)
+    assert not y[m // 2][weight[:, 7] != 0].isfinite().any()
+    others = torch.arange(m) != m // 2
+    assert torch.equal(y[others], clean[others])
+
+
+@every_isa
+def test_negative_zeros_are_no_weights(isa):
+    weight, _ = make_weight("bf16", 20, 30)
+    negative = torch.where(weight == 0, -0.0, weight)
+    assert negative.signbit().sum() > weight.signbit().sum()
+    assert torch.equal(pack(isa, "bf16", negative, None)[0], pack(isa, "bf16", weight, None)[0])
+
+
+@every_isa
+def test_denormal_weights_are_kept_or_count_as_zeros(isa):
+    """They are packed. The bfloat16 instructions, which avx512_bf16 uses, take and give zeros for them."""
+    weight = torch.full((16, 4), 2.0**-130).bfloat16()
+    assert (weight != 0).all()
+    x = torch.full((1, 4), 2.0**20).bfloat16()
+    y = linear(isa, x, pack(isa, "bf16", weight, None), None, 16)
+    assert (y == (0 if isa == "avx512_bf16" else 2.0**-108)).all()
+
+
+# No memory is left behind.
+
+
+@every_isa
+def test_calls_allocate_nothing_but_their_results(isa):
+    """A leak of one row of activations per call would take 8 MB."""
+    weight, _ = make_weight("bf16", 64, 1024)
+    packed, x, bias = pack(isa, "bf16", weight, None), torch.randn(16, 1024), torch.randn(64)
+    for _ in range(50):
+        linear(isa, x, packed, bias, 64)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2000):
+        linear(isa, x, packed, bias, 64)
+    growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert growth * (1 if sys.platform == "darwin" else 1024) < 2**20
+
+
+# What the C interface refuses.
+
+SIZES, ARGUMENTS, UNSUPPORTED = "sizes of activations", "no such kind of weight", "lacks the instructions"
+
+
+@every_isa
+@every_kind
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_corrupt_header_is_refused(isa, kind, data):
+    weight, scales = make_weight(kind, 40, 30)
+    (buffer,) = pack(isa, kind, weight, scales)
+    fields = buffer.view(torch.int64)
+    index = data.draw(st.integers(0, len(HEADER) - 1))
+    old = fields[index].item()
+    near = st.integers(max(-(2**63), old - 100), min(2**63 - 1, old + 100))
+    new = data.draw(st.one_of(st.integers(-(2**63), 2**63 - 1), near).filter(lambda value: value != old))
+    x = torch.randn(3, 30)
+    y = linear(isa, x, [buffer], None, 40)
+    fields[index] = new
+    if HEADER[index] == "values":  # padding hides a small difference; the kernels do not look at it
+        try:
+            assert torch.equal(linear(isa, x, [buffer], None, 40), y)
+        except ValueError as error:
+            assert SIZES in str(error)
+    else:
+        with pytest.raises(ValueError, match=SIZES):
+            linear(isa, x, [buffer], None, 40)
+
+
+@every_isa
+def test_what_does_not_fit_is_refused(isa):
+    weight, _ = make_weight("bf16", 40, 30)
+    (buffer,) = pack(isa, "bf16", weight, None)
+    x, bias = torch.randn(3, 30), torch.randn(40)
+    longer = torch.cat([buffer, torch.zeros(64, dtype=torch.uint8)])
+    for other in (buffer[:-64], buffer[:-1], buffer[:50], buffer[:0], longer, longer[1 : 1 + len(buffer)]):
+        with pytest.raises(ValueError, match=SIZES):
+            linear(isa, x, [other], None, 40)
+    for other in (x[:, :29], torch.randn(3, 31), torch.randn(3, 60)):
+        with pytest.raises(ValueError, match=SIZES):
+            linear(isa, other, [buffer], None, 40)
+    for rows in (39, 41):
+        with pytest.raises(ValueError, match=SIZES):
+            linear(isa, x, [buffer], None, rows)
+    for other in (bias[:39], torch.randn(41), bias.bfloat16()):
+        with pytest.raises(ValueError, match=SIZES):
+            linear(isa, x, [buffer], other, 40)
+
+
+def refused(result: int, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        native._succeed(result)
+
+
+def test_unknown_numbers_are_refused_by_every_function():
+    library = native.library()
+    weight, scales = make_weight("int8", 20, 12)
+    (buffer,) = pack(ISAS[-1], "int8", weight, scales)
+    index = list(native.kernels()).index(ISAS[-1])
+    x, y = torch.randn(2, 12), torch.empty(2, 20)
+    w, s, b = weight.data_ptr(), scales.data_ptr(), (buffer.data_ptr(), buffer.numel())
+    for isa in (-1, len(native.kernels()), 2**40):
+        assert library.efx_isa_name(isa) is None and not library.efx_isa_supported(isa)
+        refused(library.efx_packed_size(isa, 1, w, 20, 12, 1), UNSUPPORTED)
+        refused(library.efx_pack(isa, 1, w, 20, 12, s, *b, 1), UNSUPPORTED)
+        refused(library.efx_linear(isa, *b, x.data_ptr(), 1, 2, 12, None, y.data_ptr(), 20, 1), UNSUPPORTED)
+    for kind in (-1, 3, 2**40):
+        refused(library.efx_packed_size(index, kind, w, 20, 12, 1), ARGUMENTS)
+        refused(library.efx_pack(index, kind, w, 20, 12, s, *b, 1), ARGUMENTS)
+    refused(library.efx_pack(index, 1, w, 20, 12, None, *b, 1), ARGUMENTS)
+    refused(library.efx_pack(index, 0, w, 20, 12, s, *b, 1), ARGUMENTS)
+    for type_ in (-1, 2):
+        refused(library.efx_linear(index, *b, x.data_ptr(), type_, 2, 12, None, y.data_ptr(), 20, 1), ARGUMENTS)
+    for rows, columns in ((0, 12), (20, 0), (-20, 12), (20, -12), (2**31, 12), (2**30, 2**30), (2**62, 2**62)):
+        refused(library.efx_packed_size(index, 1, w, rows, columns, 1), SIZES)
+        refused(library.efx_pack(index, 1, w, rows, columns, s, *b, 1), SIZES)
+    for size in (b[1] - 64, b[1] + 64, 100, 0, -1):
+        refused(library.efx_pack(index, 1, w, 20, 12, s, b[0], size, 1), SIZES)
+    refused(library.efx_pack(index, 1, w, 20, 12, s, b[0] + 1, b[1], 1), SIZES)
+    refused(library.efx_linear(index, *b, x.data_ptr(), 1, -1, 12, None, y.data_ptr(), 20, 1), SIZES)
+
+
+# Under the sanitizers, and beside pages that cannot be touched; native_replay.cpp makes the calls.
+
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+INSTRUCTIONS = {
+    "avx512_bf16.cpp": [*AVX512, "-mavx512vbmi2", "-mavx512vnni", "-mavx512bf16"],
+    "avx512.cpp": AVX512,
+    "avx2.cpp": ["-mavx2", "-mfma"],
+}
+FIELDS = ("isa", "kind", "type", "rows", "columns", "m", "scales", "bias", "field", "value")
+
+
+def compile_replay(folder: Path) -> Path:
+    """The replaying program, from the sources of the library.
+
+    Arrays on the stack are left to the bounds check of UBSan, and of the loops that are unrolled for vectors a few
+    checks that plain C++ gets suffice: with all of them, g++ takes minutes for those files.
+    """
+    common = [CXX, "-std=c++17", "-O1", "-g0", "-w", "-fopenmp", "-ffp-contract=off", f"-I{SOURCES}"]
+    common += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "--param", "asan-stack=0"]
+    fewer = ["-fno-sanitize=null,object-size,alignment", "--param", "asan-instrumentation-with-call-threshold=0"]
+    vector = INSTRUCTIONS if "avx2" in native.kernels() else {}
+    common += ["-DEFX_WITH_X86"] if vector else []
+
+    def compile_one(source: Path) -> Path:
+        output = folder / f"{source.stem}.o"
+        options = [*fewer, *vector[source.name]] if source.name in vector else []
+        subprocess.run([*common, *options, "-c", source, "-o", output], check=True)
+        return output
+
+    sources = [SOURCES / name for name in (*vector, "portable.cpp", "entry.cpp")]
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, [*sources, Path(__file__).with_name("native_replay.cpp")]))
+    subprocess.run([*common, *objects, "-o", folder / "replay"], check=True)
+    return folder / "replay"
+
+
+def make_call(rng: np.random.Generator, isa: int) -> tuple[dict[str, int], list[np.ndarray]]:
+    """A call, of which one in four finds its packed weight corrupt; its weight, scales, activations and bias."""
+    kind, type_ = int(rng.integers(3)), int(rng.integers(2))
+    rows, columns = int(rng.integers(1, 60)), int(rng.integers(1, 90))
+    m = int(rng.choice([1, 2, 3, 7, 8, 9, 16, 17, 40, 513], p=[0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.08, 0.02]))
+    weight, scales = make_weight(KINDS[kind], rows, columns, float(rng.choice([0, 0.5, 1])), int(rng.integers(2**31)))
+    x, bias = torch.from_numpy(rng.standard_normal((m, columns))), torch.from_numpy(rng.standard_normal(rows))
+    has_bias = bool(rng.integers(2))
+    arrays = [weight, scales, x.to(DTYPES[type_]), bias.to(DTYPES[type_]) if has_bias else None]
+    field, value = -1, 0
+    if rng.random() < 0.25:
+        field = int(rng.integers(len(HEADER)))
+        value = int(rng.choice([-(2**63), -1, 0, 1, 2**31, 2**32 + 6, 2**61, 2**62, 2**63 - 1]))
+    numbers = (isa, kind, type_, rows, columns, m, scales is not None, has_bias, field, value)
+    return dict(zip(FIELDS, numbers, strict=True)), arrays
+
+
+def bytes_of(tensor: torch.Tensor | None) -> bytes:
+    return b"" if tensor is None else tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def call_in_process(call: dict[str, int], arrays: list[torch.Tensor | None]) -> str:
+    """What the replaying program prints for the call."""
+    library = native.library()
+    isa, kind, rows, columns, m = (call[name] for name in ("isa", "kind", "rows", "columns", "m"))
+    weight, scales, x, bias = (None if array is None else array.data_ptr() for array in arrays)
+    size = library.efx_packed_size(isa, kind, weight, rows, columns, 1)
+    buffer = torch.full((size,), 0xA5, dtype=torch.uint8)
+    y = torch.full((m * rows * arrays[2].element_size(),), 0xA5, dtype=torch.uint8)
+    packed = library.efx_pack(isa, kind, weight, rows, columns, scales, buffer.data_ptr(), size, 1)
+    if call["field"] >= 0:
+        buffer[: 8 * len(HEADER)].view(torch.int64)[call["field"]] = call["value"]
+    product = library.efx_linear(isa, buffer.data_ptr(), size, x, call["type"], m, columns, bias, y.data_ptr(), rows, 1)
+    digest = 0xCBF29CE484222325
+    for byte in bytes_of(buffer) + bytes_of(y):
+        digest = (digest ^ byte) * 0x100000001B3 % 2**64
+    return f"{size} {packed} {product} {digest:016x}"
+
+
+@pytest.mark.skipif(CXX is None or platform.system() != "Linux", reason="needs the sanitizers of g++ on Linux")
+def test_no_call_makes_the_sanitizers_report(tmp_path):
+    rng = np.random.default_rng(0)
+    indices = [list(native.kernels()).index(isa) for isa in ISAS]
+    calls = [make_call(rng, isa) for isa in indices for _ in range(100)]
+    with open(tmp_path / "calls", "wb") as file:
+        for call, arrays in calls:
+            file.write(np.array(list(call.values()), np.int64).tobytes() + b"".join(map(bytes_of, arrays)))
+    replayed = subprocess.run([compile_replay(tmp_path), tmp_path / "calls"], capture_output=True, text=True)
+    assert (replayed.returncode, replayed.stderr) == (0, "")
+    found = replayed.stdout.splitlines()
+    assert found == [call_in_process(*call) for call in calls]
+    refusals = [line.split()[2] for line in found].count("-1")
+    assert len(calls) / 10 < refusals < len(calls) / 2

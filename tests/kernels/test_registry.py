@@ -1,0 +1,102 @@
+"""The best kernel that takes a weight is chosen, and the log says which, and why it is not a better one."""
+
+import shutil
+
+import pytest
+import torch
+
+from efx_plugin.errors import EfxError
+from efx_plugin.kernels import kernel_summary, native, pack, registry, sparse_linear
+
+SUPPORTED = [kernel.name for kernel in native.kernels().values() if kernel.is_supported]
+needs_library = pytest.mark.skipif(not SUPPORTED, reason="the kernels are not compiled")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_forced(monkeypatch):
+    monkeypatch.delenv("EFX_KERNEL", raising=False)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_library_is_there_where_a_compiler_is():
+    assert SUPPORTED, "g++ is there, so `pip install --editable .` should have built the kernels"
+
+
+def sparse_weight(dtype=torch.bfloat16) -> torch.Tensor:
+    return torch.randn(20, 12).mul(torch.rand(20, 12) < 0.5).bfloat16().to(dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_best_that_the_processor_has_is_chosen(dtype):
+    weight = sparse_weight(dtype)
+    packed = pack(weight)
+    assert packed.kernel == SUPPORTED[0]
+    assert kernel_summary(packed).startswith(native.SUMMARIES[packed.kernel])
+    x = torch.randn(3, 12).to(dtype)
+    torch.testing.assert_close(sparse_linear(x, packed), torch.nn.functional.linear(x, weight))
+
+
+@needs_library
+@pytest.mark.parametrize("name", [*SUPPORTED, registry.REFERENCE])
+def test_each_kernel_can_be_forced(monkeypatch, name):
+    monkeypatch.setenv("EFX_KERNEL", name)
+    packed = pack(sparse_weight())
+    assert packed.kernel == name
+    assert kernel_summary(packed) == f"{registry.find(name).summary}; EFX_KERNEL={name} is set"
+
+
+def test_a_name_of_no_kernel_is_refused(monkeypatch):
+    monkeypatch.setenv("EFX_KERNEL", "fastest")
+    with pytest.raises(EfxError, match=r"EFX_KERNEL=fastest is no kernel: choose one of avx512_bf16, .*, reference$"):
+        pack(sparse_weight())
+
+
+@needs_library
+def test_a_processor_that_lacks_the_best_gets_the_next_and_refuses_to_be_forced(monkeypatch):
+    best, *rest = native.kernels()
+    monkeypatch.setattr(native.kernels()[best], "is_supported", False)
+    available = [name for name in rest if native.kernels()[name].is_supported]
+    packed = pack(sparse_weight())
+    assert packed.kernel == [*available, registry.REFERENCE][0]
+    assert kernel_summary(packed).endswith(f"; this processor lacks what {best} needs")
+    monkeypatch.setenv("EFX_KERNEL", best)
+    with pytest.raises(EfxError, match=f"this processor lacks its instructions.*{', '.join(available)}, reference$"):
+        pack(sparse_weight())
+
+
+def test_without_the_library_the_reference_serves_and_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: None)
+    packed = pack(sparse_weight())
+    assert packed.kernel == registry.REFERENCE
+    assert "install g++ and run `pip install --force-reinstall" in kernel_summary(packed)
+    monkeypatch.setenv("EFX_KERNEL", "portable")
+    with pytest.raises(EfxError, match=r"EFX_KERNEL=portable, but .* without a C\+\+ compiler"):
+        pack(sparse_weight())
+
+
+def wide_int8() -> dict:
+    weight = torch.zeros(1, registry.MOST_INT8_COLUMNS + 1, dtype=torch.int8)
+    return {"weight": weight, "scales": torch.ones(1), "dtype": torch.bfloat16}
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"weight": sparse_weight(torch.float16)}, "bfloat16 and float32 activations, not float16"),
+        ({"weight": sparse_weight(torch.float64)}, "bfloat16 and float32 activations, not float64"),
+        ({"weight": torch.full((4, 4), 1 / 3)}, "float32 values that bfloat16 cannot hold"),
+        ({"weight": torch.empty(0, 4).bfloat16()}, "the weight is empty"),
+        ({"weight": torch.empty(4, 0).bfloat16()}, "the weight is empty"),
+        ({"weight": sparse_weight().to("meta")}, "no sparse kernel for meta devices"),
+        (wide_int8(), "more than 65536 int8 weights"),
+    ],
+)
+def test_what_no_sparse_kernel_takes_is_left_to_the_reference(monkeypatch, arguments, reason):
+    packed = pack(**arguments)
+    assert packed.kernel == registry.REFERENCE
+    assert reason in kernel_summary(packed)
+    monkeypatch.setenv("EFX_KERNEL", "portable")
+    with pytest.raises(EfxError, match=f"{reason}.*choose one of reference$"):
+        pack(**arguments)
