@@ -9,14 +9,16 @@ import yaml
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import repack_moe
 from llmcompressor.recipe import Recipe
+from loguru import logger
 from peft import PeftModel
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from efx_plugin.checkpoint import linear_bytes, save_sparse
 from efx_plugin.checkpoint.storage.atomic import refuse_existing
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import merge_adapters
+from efx_plugin.model.loading import inspect_sources
 from efx_plugin.modifier import EfficientXpertModifier
 
 _LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -54,13 +56,16 @@ def prune_to_checkpoint(
     """
     refuse_existing(output)
     loaded_recipe = load_recipe(recipe)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    sources = inspect_sources(model, adapter)
+    for line in sources.describe():
+        logger.info(line)
+    tokenizer = sources.tokenizer()
     calibration = calibration_set(dataset, tokenizer, samples=samples, length=length)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    if adapter is not None:
-        network = PeftModel.from_pretrained(network, adapter)
-        if not all(isinstance(modifier, EfficientXpertModifier) for modifier in loaded_recipe.modifiers):
-            network = merge_adapters(network)  # the other modifiers know nothing of adapters
+    network = sources.load()
+    if isinstance(network, PeftModel) and not all(
+        isinstance(modifier, EfficientXpertModifier) for modifier in loaded_recipe.modifiers
+    ):
+        network = merge_adapters(network)  # the other modifiers know nothing of adapters
     oneshot(
         model=network.base_model.model if isinstance(network, PeftModel) else network,
         processor=tokenizer,

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from compressed_tensors.utils import update_offload_parameter
+from loguru import logger
 from peft import PeftModel
+from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from efx_plugin.errors import EfxError
+from efx_plugin.model.adapter_kinds import refuse_config, refuse_type
 
 
 @dataclass(frozen=True)
@@ -135,15 +138,20 @@ def merge_adapters(model: PeftModel, masks: Mapping[str, Tensor] | None = None) 
     The model is changed in place; the adapter is consumed, so save it first if it is still needed. A model that
     `EfficientXpertModifier` has pruned needs no masks: its zeros are in place and its adapter adds nothing.
 
+    Where the output layer is the embedding and only one of them was trained, each gets a weight of its own, and the
+    model's config says so.
+
     Args:
-        model: a PeftModel with plain LoRA adapters.
+        model: a PeftModel with LoRA adapters.
         masks: bool [out, in], True where a weight is kept, by name of the linear layer in the plain model.
 
     Raises:
-        EfxError: not a PeftModel, an adapter other than plain LoRA, or a mask that fits no linear layer.
+        EfxError: not a PeftModel, an adapter that weights cannot take in, or a mask that fits no linear layer.
     """
     if not isinstance(model, PeftModel):
         raise EfxError(f"{type(model).__name__} is no PeftModel: only a model with adapters can be merged")
+    refuse_adapters(model)
+    merge_unusual(model)
     layers = {layer.name: layer for layer in linear_layers(model)}
     masks = masks or {}
     for name, mask in masks.items():
@@ -153,7 +161,66 @@ def merge_adapters(model: PeftModel, masks: Mapping[str, Tensor] | None = None) 
         if name in masks or active_adapters(layer):
             weight = effective_weight(layer)
             absorb(layer, weight * masks[name] if name in masks else weight)
-    return model.merge_and_unload()  # adds nothing to these, and merges what else was trained: embeddings, tokens
+    return model.merge_and_unload()  # adds nothing any more
+
+
+def refuse_adapters(model: PeftModel) -> None:
+    """Refuse adapters that the weights of a model cannot take in.
+
+    Raises:
+        EfxError: one is active.
+    """
+    for name in model.active_adapters:
+        config = model.peft_config[name]
+        refuse_type(config.peft_type, f"adapter {name!r}")
+        refuse_config(config, f"adapter {name!r}")
+
+
+@torch.no_grad()
+def merge_unusual(model: PeftModel) -> None:
+    """Merge, in fp32, all that was trained other than by plain LoRA on a linear layer between the embeddings.
+
+    That is what was trained whole, of embeddings, of the output layer, of fused experts, or by a variant of LoRA. What
+    is left are the adapters that the method knows.
+    """
+    untie_adapted(model)
+    inner = model.get_base_model()
+    ends = [inner.get_input_embeddings(), inner.get_output_embeddings()]
+    done: tuple[str, ...] = ()
+    for name, module in list(inner.named_modules()):
+        if done and name.startswith(done):
+            continue
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        elif isinstance(module, BaseTunerLayer) and (module in ends or not _is_plain_lora(module)):
+            plain = module.get_base_layer()
+            dtypes = {parameter: parameter.dtype for parameter in plain.parameters(recurse=False)}
+            for parameter in dtypes:
+                parameter.data = parameter.data.float()
+            module.merge()
+            for parameter, dtype in dtypes.items():
+                parameter.data = parameter.data.to(dtype)
+        else:
+            continue
+        done = (*done, name + ".")
+        parent, _, leaf = name.rpartition(".")
+        setattr(inner.get_submodule(parent), leaf, plain)
+
+
+@torch.no_grad()
+def untie_adapted(model: PeftModel) -> None:
+    """Give the output layer a weight of its own where it is the embedding and LoRA changes only one of the two."""
+    inner = model.get_base_model()
+    embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
+    if head is None or not any(isinstance(end, LoraLayer) for end in (embedding, head)):
+        return
+    base = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+    if base.weight is not embedding.weight:
+        return
+    base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
+    for config in (inner.config, inner.config.get_text_config()):
+        config.tie_word_embeddings = False
+    logger.warning("the output layer and the embedding were one weight and LoRA trained them apart: each gets its own")
 
 
 def active_adapters(layer: LinearLayer) -> list[str]:
@@ -164,9 +231,14 @@ def active_adapters(layer: LinearLayer) -> list[str]:
     return [name for name in module.active_adapters if name in module.lora_A and name not in module.merged_adapters]
 
 
+def _is_plain_lora(module: BaseTunerLayer) -> bool:
+    return isinstance(module, lora.Linear) and not any(
+        name in module.lora_variant or module.lora_bias.get(name) for name in module.active_adapters
+    )
+
+
 def _require_plain_lora(name: str, module: BaseTunerLayer) -> None:
-    if not isinstance(module, LoraLayer):
+    if not isinstance(module, lora.Linear):
         raise EfxError(f"{name} has a {type(module).__name__} adapter: only LoRA is supported, merge it first")
-    for adapter in module.active_adapters:
-        if adapter in module.lora_variant or module.lora_bias.get(adapter):
-            raise EfxError(f"adapter {adapter!r} of {name} is not plain LoRA (DoRA, bias, ...): merge it first")
+    if not _is_plain_lora(module):
+        raise EfxError(f"the adapter of {name} is not plain LoRA (DoRA, bias, ...): merge it first")

@@ -67,13 +67,13 @@ def read_index(directory: str | os.PathLike) -> dict[str, StoredTensor]:
     if single.is_file() and index.is_file():
         raise SparseCheckpointError(f"{directory} holds both {SINGLE_FILE} and {INDEX_FILE}; remove the one left over.")
     if single.is_file():
-        return _read_header(single)
+        return read_header(single)
     if not index.is_file():
         raise SparseCheckpointError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}; is it a checkpoint?")
     listed = _read_weight_map(index)
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(listed.values())):
-        for name, tensor in _read_header(directory / file).items():
+        for name, tensor in read_header(directory / file).items():
             if name in tensors:
                 raise SparseCheckpointError(
                     f"{file}: {name} is also stored in {tensors[name].file}; only one can be right."
@@ -89,6 +89,11 @@ def read_index(directory: str | os.PathLike) -> dict[str, StoredTensor]:
                 f"{file}: {name} is listed in {INDEX_FILE} but missing; download the file again."
             )
     return tensors
+
+
+def on_meta(index: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
+    """Tensors of the stored dtypes and shapes on the meta device, which hold no values."""
+    return {name: torch.empty(one.shape, dtype=one.dtype, device="meta") for name, one in index.items()}
 
 
 def read_tensor(directory: str | os.PathLike, stored: StoredTensor) -> torch.Tensor:
@@ -205,7 +210,12 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     return listed
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of one file by name, from its header alone.
+
+    Raises:
+        SparseCheckpointError: it is truncated, or its header contradicts itself or the bytes that are there.
+    """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")

@@ -49,19 +49,28 @@ def write_shards(destination: Path, source: Source, shards: list[list[Item]], wr
         )
 
 
-def copy_companions(source: Path, destination: Path) -> None:
-    """Copy tokenizer, chat template, generation config, recipe and the like."""
-    for path in sorted(source.iterdir()):
-        hidden = path.name.startswith(".")
-        if (
-            path.is_file()
-            and not hidden
-            and path.name not in _NOT_COPIED
-            and not path.name.endswith(_NOT_COPIED_SUFFIXES)
-        ):
-            shutil.copyfile(path, destination / path.name)
+def companions(source: Path) -> dict[str, Path]:
+    """What lies beside the weights, by name: tokenizer, chat template, generation config, recipe and the like."""
+    found = {
+        path.name: path
+        for path in sorted(source.iterdir())
+        if path.is_file()
+        and not path.name.startswith(".")
+        and path.name not in _NOT_COPIED
+        and not path.name.endswith(_NOT_COPIED_SUFFIXES)
+    }
     if (source / _COPIED_DIRECTORY).is_dir():
-        shutil.copytree(source / _COPIED_DIRECTORY, destination / _COPIED_DIRECTORY)
+        found[_COPIED_DIRECTORY] = source / _COPIED_DIRECTORY
+    return found
+
+
+def copy_companions(source: Path, destination: Path) -> None:
+    """Copy what lies beside the weights."""
+    for name, path in companions(source).items():
+        if path.is_dir():
+            shutil.copytree(path, destination / name)
+        else:
+            shutil.copyfile(path, destination / name)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

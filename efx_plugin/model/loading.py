@@ -1,0 +1,310 @@
+"""The model and the adapter that a user names: looked at before anything is loaded, then loaded whole.
+
+Everything that can be wrong is found in a rehearsal on the meta device: the model's class, its weights and the adapter
+are put together from the names and shapes in the files' headers, by the code that loads them later. So what does not
+fit is named within seconds, and nothing is dropped or made up.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import transformers
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from efx_plugin.checkpoint.storage import safetensors_file, shards
+from efx_plugin.errors import EfxError
+from efx_plugin.model.adapter_files import AdapterFiles, read_adapter
+from efx_plugin.model.adapters import merge_unusual
+from efx_plugin.model.model_files import ModelFiles, one_line, read_model
+
+_VOCABULARY_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
+_TOKENIZER_FILES = (
+    *_VOCABULARY_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """A model and perhaps an adapter, found fit to be pruned.
+
+    Attributes:
+        files: the model's folder, its config and its class.
+        adapter: the adapter's folder, its config and tensors; None without one.
+        tokenizer_folder: where the tokenizer comes from.
+        vocabulary: rows of the embeddings, where the adapter was trained on another number than the model has.
+        skeleton: what `load` returns, without weights: on the meta device.
+        notices: sentences about what is not as one might expect.
+    """
+
+    files: ModelFiles
+    adapter: AdapterFiles | None
+    tokenizer_folder: Path
+    vocabulary: int | None
+    skeleton: nn.Module
+    notices: tuple[str, ...]
+
+    @property
+    def model_class(self) -> type[PreTrainedModel]:
+        """The class under `architectures` of config.json."""
+        return self.files.model_class
+
+    @property
+    def processors(self) -> tuple[str, ...]:
+        """Files of the processors for other inputs than text, such as images."""
+        return tuple(name for name in self.companions if name.endswith("processor_config.json"))
+
+    @cached_property
+    def companions(self) -> dict[str, Path]:
+        """Files that belong beside the weights, by name: tokenizer, templates, processors, generation config."""
+        found = shards.companions(self.files.folder)
+        if self.tokenizer_folder != self.files.folder:
+            kept = {name: path for name, path in found.items() if not _is_tokenizer_file(name)}
+            theirs = shards.companions(self.tokenizer_folder)
+            found = kept | {name: path for name, path in theirs.items() if _is_tokenizer_file(name)}
+        return found
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The adapter's tokenizer where its folder has one, else the model's.
+
+        Raises:
+            EfxError: it cannot be read.
+        """
+        return _read_tokenizer(self.tokenizer_folder, self.files.trust_remote_code)
+
+    def load(self, dtype: torch.dtype | str = "auto") -> nn.Module:
+        """The model with its weights: a PeftModel where plain LoRA sits on linear layers, else a plain model.
+
+        Args:
+            dtype: of the weights; "auto" keeps what is stored.
+
+        Raises:
+            EfxError: a file has changed since it was looked at, or cannot be read.
+        """
+        model, _ = _load_model(self.files, None, dtype)
+        if self.adapter is None:
+            return model
+        return _add_adapter(model, self.adapter, self.vocabulary, rehearsal=False)
+
+    def describe(self) -> list[str]:
+        """What is going to be pruned, a sentence each."""
+        lines = [f"model: {self.model_class.__name__} from {self.files.folder}"]
+        if self.adapter is not None:
+            lines.append(f"adapter: {len(self.adapter.tensors)} tensors from {self.adapter.folder}")
+        return [*lines, f"tokenizer: from {self.tokenizer_folder}", *self.notices]
+
+
+def inspect_sources(model: Path, adapter: Path | None, *, trust_remote_code: bool = False) -> Sources:
+    """Look at a model and an adapter: config, headers and tokenizer alone, in seconds.
+
+    Args:
+        model: directory of a model.
+        adapter: directory of a LoRA adapter for it.
+        trust_remote_code: run the code that comes with the model.
+
+    Raises:
+        EfxError: what cannot be pruned, in one sentence with the remedy.
+    """
+    files = read_model(model, trust_remote_code=trust_remote_code)
+    adapted = None if adapter is None else read_adapter(adapter, files.model_class.__name__, model)
+    notices = [*files.notices, *(adapted.notices if adapted else ())]
+    with _quiet():
+        skeleton, unexpected = _load_model(files, safetensors_file.on_meta(files.index), "auto")
+        if unexpected:
+            notices.append(
+                f"{len(unexpected)} tensors of {files.folder} belong to no part of {files.model_class.__name__} "
+                f"and are left out, the first of them {min(unexpected)}"
+            )
+        vocabulary = None
+        if adapted is not None:
+            vocabulary = _resized_vocabulary(skeleton, adapted)
+            if vocabulary is not None:
+                notices.append(
+                    f"the adapter was trained on a vocabulary of {vocabulary} tokens, so the model's "
+                    f"{skeleton.get_input_embeddings().weight.shape[0]} become as many"
+                )
+            skeleton = _add_adapter(skeleton, adapted, vocabulary, rehearsal=True)
+    folder = next((one for one in (adapter, model) if one is not None and _has_tokenizer(one)), None)
+    if folder is None:
+        raise EfxError(
+            f"{model} has no tokenizer{'' if adapter is None else f', nor has {adapter}'}: copy tokenizer.json and "
+            "tokenizer_config.json of the base model there"
+        )
+    rows = skeleton.get_input_embeddings().weight.shape[0]
+    if (tokens := len(_read_tokenizer(folder, trust_remote_code))) > rows:
+        raise EfxError(
+            f"the tokenizer of {folder} has {tokens} tokens and the model embeds {rows}: pass the tokenizer that "
+            "belongs to the model"
+        )
+    return Sources(files, adapted, folder, vocabulary, skeleton, tuple(notices))
+
+
+def _load_model(
+    files: ModelFiles, tensors: dict[str, Tensor] | None, dtype: torch.dtype | str
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model, of `tensors` on the meta device or of its files, and the names in the files that it does not take."""
+    name = files.model_class.__name__
+    where = {"device_map": "meta", "state_dict": tensors} if tensors is not None else {}
+    try:
+        model, info = files.model_class.from_pretrained(
+            files.folder if tensors is None else None,
+            config=deepcopy(files.config),
+            dtype=dtype,
+            output_loading_info=True,
+            **where,
+        )
+    except Exception as error:  # each family checks its sizes in its own way
+        raise EfxError(f"transformers cannot make a {name} of {files.folder}: {one_line(error)}") from error
+    if any(".lora_" in key or ".base_layer." in key for key in info["unexpected_keys"]):
+        raise EfxError(
+            f"{files.folder} was stored with its adapter unmerged: store what "
+            "efx_plugin.merge_adapters(peft_model) returns"
+        )
+    if missing := info["missing_keys"]:
+        head = model.get_output_embeddings()
+        hint = "download it again, or correct `architectures` in config.json"
+        if head is not None and missing == {f"{_name_of(model, head)}.weight"}:
+            hint = "if the model's output layer is its embedding, set tie_word_embeddings to true in config.json"
+        raise EfxError(f"{files.folder} has no {min(missing)}, which a {name} needs: {hint}")
+    return model, info["unexpected_keys"]
+
+
+def _add_adapter(model: PreTrainedModel, adapter: AdapterFiles, vocabulary: int | None, rehearsal: bool) -> nn.Module:
+    """The model with every tensor of the adapter in its place.
+
+    Raises:
+        EfxError: a tensor fits nowhere, or one that the adapter's config asks for is not there.
+    """
+    if vocabulary is not None:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    try:
+        adapted = PeftModel(model, deepcopy(adapter.config), low_cpu_mem_usage=rehearsal)
+        tensors = dict(adapter.tensors) if rehearsal else load_peft_weights(str(adapter.folder), device="cpu")
+        result = set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=rehearsal)
+    except Exception as error:  # PEFT raises what it meets: KeyError, ValueError, RuntimeError
+        raise EfxError(
+            f"the adapter in {adapter.folder} does not fit {type(model).__name__} ({one_line(error)}): pass the "
+            f"model that it was trained on{_named_base(adapter)}"
+        ) from error
+    if result.unexpected_keys:
+        raise EfxError(
+            f"the adapter in {adapter.folder} holds {min(result.unexpected_keys)}, which has no place in a "
+            f"{type(model).__name__}: pass the model that it was trained on{_named_base(adapter)}"
+        )
+    if lost := [name for name in result.missing_keys if ".lora_" in name or ".modules_to_save." in name]:
+        raise EfxError(
+            f"the adapter in {adapter.folder} has no {min(lost)}, which its config asks for: it was not saved "
+            "whole, copy it anew"
+        )
+    merge_unusual(adapted)
+    if not any(isinstance(module, BaseTunerLayer) for module in adapted.modules()):
+        return adapted.unload()
+    return adapted.eval()
+
+
+def _named_base(adapter: AdapterFiles) -> str:
+    named = adapter.config.base_model_name_or_path
+    return f", {named}" if named else ""
+
+
+def _resized_vocabulary(model: PreTrainedModel, adapter: AdapterFiles) -> int | None:
+    """Rows of the embeddings that the adapter was trained on; None where the model has as many.
+
+    Raises:
+        EfxError: the adapter's tensors contradict each other, or rows that the model lacks are not among them.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    found: dict[int, str] = {}
+    whole = set()
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is None:
+            continue
+        leaf = _name_of(model, module).rpartition(".")[2]
+        for name, tensor in adapter.tensors.items():
+            _, inside, kind = name.rpartition(f".{leaf}.")
+            if not inside:
+                continue
+            if kind == "lora_embedding_A":
+                found[tensor.shape[1]] = name
+            elif kind in ("lora_B.weight", "lora_magnitude_vector") and isinstance(module, nn.Linear):
+                found[tensor.shape[0]] = name
+            elif "lora_" not in kind and kind.endswith("weight"):
+                found[tensor.shape[0]] = name
+                whole.add(leaf)
+    if set(found) <= {rows}:
+        return None
+    if len(found) > 1:
+        raise EfxError(
+            f"the adapter in {adapter.folder} was trained on embeddings of {sorted(found)} rows at once "
+            f"({', '.join(found.values())}): save it again"
+        )
+    (wanted,) = found
+    needed = {
+        _name_of(model, module).rpartition(".")[2]
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        if module is not None
+    }
+    if model.config.get_text_config().tie_word_embeddings and whole:
+        needed = whole
+    if wanted > rows and not needed <= whole:
+        raise EfxError(
+            f"the adapter in {adapter.folder} was trained on a vocabulary of {wanted} tokens, the model has "
+            f"{rows}, and the added rows of {min(needed - whole)} are not in the adapter: save it with "
+            "save_embedding_layers=True, or pass the model with its resized embeddings"
+        )
+    return wanted
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _VOCABULARY_FILES)
+
+
+def _is_tokenizer_file(name: str) -> bool:
+    return name in _TOKENIZER_FILES or name == "additional_chat_templates" or name.endswith(".tiktoken")
+
+
+def _read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a tokenizer of some kind stumbles over
+        raise EfxError(f"the tokenizer in {folder} cannot be read ({one_line(error)}): copy it anew") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers says nothing of the rehearsal: its findings become sentences here."""
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
