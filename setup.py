@@ -63,8 +63,13 @@ def library(name: str, folder: str, sources: list[str], headers: list[str], flag
 
 setup(
     # optimum-cli finds further commands in the namespace optimum.commands.register.
-    packages=[*find_packages(include=["efx_plugin", "efx_plugin.*"]), "optimum.commands.register"],
-    package_dir={"optimum.commands.register": "efx_plugin/optimum_cli"},
+    packages=[
+        *find_packages(include=["efx_plugin", "efx_plugin.*"]),
+        "efx_plugin.recipes",
+        "optimum.commands.register",
+    ],
+    package_dir={"efx_plugin.recipes": "recipes", "optimum.commands.register": "efx_plugin/optimum_cli"},
+    package_data={"efx_plugin.recipes": ["*.yaml"]},
     cmdclass={"build_ext": BuildLibraries},
     ext_modules=[
         library(
