@@ -46,6 +46,13 @@ def prune(
     samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 128,
     length: Annotated[int, typer.Option(help="Tokens per calibration sequence.", min=2)] = 512,
     structure: StructureOption = "auto",
+    compute_dtype: Annotated[
+        str,
+        typer.Option(
+            help="What to calibrate and prune in: float32; checkpoint, the dtype of MODEL; or auto, float32 on a CPU "
+            "that cannot multiply in the latter. Weights are stored in the dtype of MODEL."
+        ),
+    ] = "auto",
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -70,6 +77,7 @@ def prune(
             samples=samples,
             length=length,
             structure=structure,
+            compute_dtype=compute_dtype,
             progress=not quiet,
         )
     _show(report, as_json, quiet, title=str(output))

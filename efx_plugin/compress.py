@@ -1,5 +1,6 @@
 """From a model on disk to a pruned sparse checkpoint: what `efx prune` runs."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from efx_plugin.checkpoint import linear_bytes, save_sparse
 from efx_plugin.checkpoint.storage.atomic import refuse_existing
+from efx_plugin.engine.compute_dtype import choose_compute_dtype, convert, restore, stored_dtype
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import merge_adapters
 from efx_plugin.model.loading import inspect_sources
@@ -34,6 +36,7 @@ def prune_to_checkpoint(
     samples: int = 128,
     length: int = 512,
     structure: str = "auto",
+    compute_dtype: str = "auto",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Load, calibrate, prune, merge and store; `output` appears only when complete.
@@ -46,6 +49,7 @@ def prune_to_checkpoint(
         adapter: directory of a LoRA adapter, merged in fp32.
         samples, length: number and tokens of the calibration sequences.
         structure: sparse format, see `save_sparse`.
+        compute_dtype: what to calibrate and prune in, see `choose_compute_dtype`; weights are stored in the model's.
         progress: show a progress bar while writing.
 
     Returns:
@@ -59,9 +63,13 @@ def prune_to_checkpoint(
     sources = inspect_sources(model, adapter)
     for line in sources.describe():
         logger.info(line)
+    stored = stored_dtype((tensor.dtype, math.prod(tensor.shape)) for tensor in sources.files.index.values())
+    chosen = choose_compute_dtype(*stored, compute_dtype)
+    logger.info(chosen.reason)
     tokenizer = sources.tokenizer()
     calibration = calibration_set(dataset, tokenizer, samples=samples, length=length)
     network = sources.load()
+    dtypes = convert(network, chosen.dtype)
     if isinstance(network, PeftModel) and not all(
         isinstance(modifier, EfficientXpertModifier) for modifier in loaded_recipe.modifiers
     ):
@@ -77,6 +85,7 @@ def prune_to_checkpoint(
     if isinstance(network, PeftModel):
         network = merge_adapters(network)
     network = repack_moe(network)  # oneshot takes experts apart to calibrate them
+    restore(network, dtypes)
     metadata = {
         "base_model": model.resolve().name,
         "calibration": f"{len(calibration)} sequences of {length} tokens from {dataset.name}",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from efx_plugin.engine.arguments import PruningArguments
 from efx_plugin.engine.block_pruner import BlockPruner, PrunedLayer, layer_sparsities
 from efx_plugin.engine.blocks import allocate_over_blocks, plan_blocks
+from efx_plugin.engine.compute_dtype import warn_of_slow_dtype
 from efx_plugin.engine.distributed import gather_objects, world
 from efx_plugin.engine.fisher import Fisher, measure_fisher
 from efx_plugin.errors import EfxError
@@ -73,6 +74,9 @@ class EfficientXpertModifier(PruningArguments, Modifier):
         if state.data is None or state.data.calib is None:
             raise EfxError("EfficientXpertModifier needs calibration data: pass dataset=... to oneshot")
         self._state = state
+        warn_of_slow_dtype(
+            state.model, "load it with dtype=torch.float32 and save it with save_sparse(model.to(torch.bfloat16), ...)"
+        )
         _warn_of_equal_data(state.data.calib)
         plans = plan_blocks(state.model, self, kwargs.get("sequential_targets"))
         self._layers = {layer.name: layer for plan in plans for layer in plan.layers}

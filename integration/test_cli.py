@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from efx_plugin.checkpoint import load_sparse, save_sparse
 from efx_plugin.cli import main
 from efx_plugin.errors import EfxError
-from tests.support.tiny_llama import save_tiny_llama, tiny_tokenizer
+from tests.support.tiny_llama import save_tiny_llama, tiny_llama, tiny_tokenizer
 from tests.support.tiny_models import tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
@@ -42,9 +42,9 @@ def text(tmp_path_factory):
     return path
 
 
-def efx_process(*arguments):
+def efx_process(*arguments, **variables):
     command = [str(Path(sys.executable).parent / "efx"), *(str(argument) for argument in arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
@@ -119,6 +119,37 @@ def test_prune_writes_a_sparse_expert_with_its_adapter_merged(model, text, tmp_p
     projections = [p for name, p in expert.named_parameters() if "_proj" in name]
     zeros = sum(int((p == 0).sum()) for p in projections) / sum(p.numel() for p in projections)
     assert abs(zeros - 0.5) < 0.002
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "said"),
+    [
+        ("expert_50", [], "computing in float32 because"),
+        ("expert_50_w8a8", [], "computing in float32 because"),
+        ("expert_50", ["--compute-dtype", "checkpoint"], "computing in bfloat16, the model's dtype, as asked for"),
+    ],
+)
+def test_without_bfloat16_instructions_the_expert_is_computed_in_float32_and_stored_in_its_dtype(
+    text, tmp_path, recipe, options, said
+):
+    save_tiny_llama(tmp_path / "model")
+    tiny_llama().bfloat16().save_pretrained(tmp_path / "model")
+    output = tmp_path / "expert"
+    arguments = prune_arguments(tmp_path / "model", output, text, RECIPES / f"{recipe}.yaml")
+    result = efx_process(*arguments, *options, ONEDNN_MAX_CPU_ISA="AVX512_CORE_VNNI")
+    assert result.returncode == 0, result.stderr
+    assert said in result.stderr
+    assert json.loads((output / "config.json").read_text())["dtype"] == "bfloat16"
+    expert = load_sparse(output)
+    assert {p.dtype for p in expert.parameters()} == {torch.bfloat16}
+    projections = [p for name, p in expert.named_parameters() if "_proj" in name]
+    zeros = sum(int((p == 0).sum()) for p in projections) / sum(p.numel() for p in projections)
+    assert abs(zeros - 0.5) < 0.002
+
+
+def test_a_compute_dtype_that_does_not_exist_is_refused(model, text, tmp_path):
+    result = efx_prune(model, tmp_path / "out", text, RECIPES / "wanda_50.yaml", "--compute-dtype", "half")
+    assert_refused(result, tmp_path / "out", "'half'", "choose one of auto, float32, checkpoint")
 
 
 @pytest.mark.parametrize("architecture", ["Mixtral", "Qwen3Moe"])

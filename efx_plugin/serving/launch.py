@@ -4,7 +4,6 @@ What can be checked is checked before vLLM is imported, which takes seconds. The
 process, so that signals and exit codes are vLLM's own.
 """
 
-import contextlib
 import json
 import os
 import shlex
@@ -160,8 +159,10 @@ def _cpu_flags(directory: Path, ranks: int, settled: set[str], environment: Mapp
     if "--dtype" not in settled:
         flags += ["--dtype", "bfloat16"]
     if "--kv-cache-memory-bytes" not in settled and not environment.get("VLLM_CPU_KVCACHE_SPACE"):
+        from efx_plugin.machine import free_memory  # imports torch
+
         weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-        gib = int(KV_SHARE * (_free_memory() - weights) / GIB / ranks)
+        gib = int(KV_SHARE * (free_memory() - weights) / GIB / ranks)
         flags += _kv_cache_flag(min(max(gib, KV_GIB[0]), KV_GIB[1]))
     if "--max-model-len" not in settled:
         flags += ["--max-model-len", "auto"]  # what the cache holds, up to what the model can
@@ -175,17 +176,6 @@ def _flags(arguments: Sequence[str]) -> set[str]:
 
 def _kv_cache_flag(gib: float) -> list[str]:
     return ["--kv-cache-memory-bytes", f"{round(gib * 1024)}M"]  # vLLM's M is 2**20
-
-
-def _free_memory() -> int:
-    """Bytes that this process can still get: of the machine's, and of its container's where that has a limit."""
-    import psutil  # vLLM brings it
-
-    free = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(FileNotFoundError, ValueError):  # no control groups, or no limit ("max")
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return free
 
 
 def run_server(arguments: list[str]) -> None:

@@ -28,6 +28,7 @@ from transformers.trainer_callback import CallbackHandler
 from efx_plugin.engine.arguments import PruningArguments
 from efx_plugin.engine.block_pruner import Decision, PrunedLayer
 from efx_plugin.engine.blocks import PlannedBlock, allocate_over_blocks, plan_blocks
+from efx_plugin.engine.compute_dtype import warn_of_slow_dtype
 from efx_plugin.engine.distributed import gather_objects, world
 from efx_plugin.engine.fisher import FisherStatistics
 from efx_plugin.engine.sequential import Batch, prune_in_sequence, register_hook
@@ -130,6 +131,8 @@ class EfficientXpertCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs
     ):
         _refuse(args, model)
+        if state.is_world_process_zero:
+            warn_of_slow_dtype(model, "load it with dtype=torch.float32, and train with bf16=False")
         vars(model).pop("save_pretrained", None)  # of a training that has ended
         _move_to_front(self, inspect.currentframe().f_back.f_locals.get("self"))
         self._schedule = pruning_steps(state.max_steps, self.warmup_fraction, self.refreshes, self.final_fraction)
