@@ -14,11 +14,12 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from efx_plugin.engine.arguments import PruningArguments
-from efx_plugin.engine.block_pruner import BlockPruner, PrunedLayer, layer_sparsities
-from efx_plugin.engine.blocks import allocate_over_blocks, plan_blocks
+from efx_plugin.engine.block_pruner import BlockPruner
+from efx_plugin.engine.blocks import allocate_over_blocks, layer_sparsities, plan_blocks
 from efx_plugin.engine.compute_dtype import warn_of_slow_dtype
 from efx_plugin.engine.distributed import gather_objects, world
 from efx_plugin.engine.fisher import Fisher, measure_fisher
+from efx_plugin.engine.report import PrunedLayer, summary
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import LinearLayer, inner_model
 
@@ -58,17 +59,26 @@ class EfficientXpertModifier(PruningArguments, Modifier):
           and that the zeros are there
 
     Args: those of `PruningArguments`.
+
+    Attributes:
+        report: after `oneshot`, what became of each layer.
     """
 
     requires_calibration_data: bool = True
 
     _pruners: list[BlockPruner] = PrivateAttr(default_factory=list)
     _results: dict[str, list[PrunedLayer]] = PrivateAttr(default_factory=dict)
+    _report: list[PrunedLayer] = PrivateAttr(default_factory=list)
     _layers: dict[str, LinearLayer] = PrivateAttr(default_factory=dict)
     _sparsities: dict[str, float] = PrivateAttr(default_factory=dict)
     # Of layers that are going to be quantized: which weights were kept, a bit each.
     _kept: dict[str, np.ndarray] = PrivateAttr(default_factory=dict)
     _state: State | None = PrivateAttr(default=None)
+
+    @property
+    def report(self) -> list[PrunedLayer]:
+        """What became of each layer, in the model's order; empty until `on_finalize`."""
+        return self._report
 
     def on_initialize(self, state: State, **kwargs) -> bool:
         if state.data is None or state.data.calib is None:
@@ -88,10 +98,7 @@ class EfficientXpertModifier(PruningArguments, Modifier):
         self._pruners = [
             BlockPruner(
                 model,
-                plan.name,
-                plan.block,
-                plan.layers,
-                plan.others,
+                plan,
                 self,
                 sparsities=self._sparsities,
                 token_mask=self._token_mask,
@@ -141,29 +148,30 @@ class EfficientXpertModifier(PruningArguments, Modifier):
             )
         for pruner in ready:
             index = self._pruners.index(pruner) + 1
-            results = pruner.prune(progress=f"({index}/{len(self._pruners)}): Pruning {pruner.name}")
-            self._results[pruner.name] = results
-            for layer in pruner.layers:
+            results = pruner.prune(progress=f"({index}/{len(self._pruners)}): Pruning {pruner.plan.name}")
+            self._results[pruner.plan.name] = results
+            for layer in pruner.plan.layers:
                 if is_module_quantized(layer.base):
                     self._kept[layer.name] = np.packbits((layer.base.weight != 0).cpu().numpy())
-            logger.info(f"{pruner.name}: {_summary(results)}")
+            logger.info(f"{pruner.plan.name}: {summary(results)}")
 
     def on_calibration_end(self, state: State, event: Event, **kwargs):
         self.remove_hooks()
 
     def on_finalize(self, state: State, **kwargs) -> bool:
         for pruner in self._pruners:
-            if pruner.name not in self._results:
+            if pruner.plan.name not in self._results:
                 raise EfxError(
-                    f"{pruner.name} was never calibrated, so nothing in it was pruned: use oneshot's pipeline "
+                    f"{pruner.plan.name} was never calibrated, so nothing in it was pruned: use oneshot's pipeline "
                     "'sequential' or 'basic' with a dataset that is not empty"
                 )
         self._take_back_refills()
         for name, results in self._results.items():
             self._check_zeros(name, results)
         every = [result for results in self._results.values() for result in results]
+        self._report = every
         logger.info(
-            f"EfficientXpertModifier pruned {len(every)} layers in {len(self._results)} blocks: {_summary(every)}"
+            f"EfficientXpertModifier pruned {len(every)} layers in {len(self._results)} blocks: {summary(every)}"
         )
         self._pruners, self._layers, self._results, self._kept, self._state = [], {}, {}, {}, None
         return True
@@ -216,13 +224,6 @@ def _warn_of_equal_data(batches: Iterable[dict[str, Tensor]]) -> None:
             f"all {len(shown)} processes start with the same calibration data: llm-compressor 0.14 gives each process "
             "the first share of a dataset that all of them pass, so pass each its own, such as dataset[rank::processes]"
         )
-
-
-def _summary(results: list[PrunedLayer]) -> str:
-    size, zeros = sum(result.size for result in results), sum(result.zeros for result in results)
-    text = f"sparsity {zeros / size:.4f} ({zeros:,} of {size:,} weights)"
-    errors = [result.relative_error for result in results if result.relative_error is not None]
-    return f"{text}, output error {sum(errors) / len(errors):.1%}" if errors else text
 
 
 ModifierFactory.register("EfficientXpertModifier", EfficientXpertModifier)

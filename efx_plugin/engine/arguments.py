@@ -42,7 +42,8 @@ class PruningArguments(BaseModel):
         repair_steps: conjugate gradient steps of repair "weights" and "adapter".
         dampening_frac: fraction of the mean diagonal that is added to the diagonal of every system that is solved.
         kappa: weight of all inputs against the pruned ones in repair "paper".
-        ema: weight of new scores in their average over refreshes of the mask (a single one in one-shot pruning).
+        new_score_weight: weight of the new scores in their running average over refreshes of the mask, which keeps the
+            rest of the old one (paper, eta); one-shot pruning has no refreshes.
         propagation_tokens: tokens spent on the gradients of propagation "block", and of "fisher" in one-shot pruning.
         seed: of the random directions in propagation "block".
 
@@ -65,7 +66,7 @@ class PruningArguments(BaseModel):
     repair_steps: int = Field(default=10, ge=1)
     dampening_frac: float = Field(default=0.01, gt=0)
     kappa: float = Field(default=1.0, ge=0, le=1)
-    ema: float = Field(default=0.5, gt=0, le=1)
+    new_score_weight: float = Field(default=0.5, gt=0, le=1)
     propagation_tokens: int = Field(default=4096, ge=1)
     seed: int = 0
 

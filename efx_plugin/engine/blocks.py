@@ -110,6 +110,25 @@ def decoder_blocks(model: nn.Module, block_classes: str | list[str] | None = Non
     return blocks
 
 
+def layer_sparsities(layers: list[LinearLayer], arguments: PruningArguments) -> dict[str, float]:
+    """The sparsity that the arguments give to each layer by name.
+
+    Raises:
+        EfxError: a layer matches no key of a mapping.
+    """
+    if not isinstance(arguments.sparsity, dict):
+        return {layer.name: arguments.sparsity for layer in layers}
+    found = {}
+    for layer in layers:
+        matches = (value for key, value in arguments.sparsity.items() if is_match(layer.name, layer.base, key))
+        if (value := next(matches, None)) is None:
+            raise EfxError(
+                f"no key of sparsity {arguments.sparsity} matches {layer.name}: add one, or ignore the layer"
+            )
+        found[layer.name] = value
+    return found
+
+
 def allocate_over_blocks(
     plans: list[PlannedBlock],
     arguments: PruningArguments,

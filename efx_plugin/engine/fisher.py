@@ -20,7 +20,7 @@ from efx_plugin.errors import EfxError
 from efx_plugin.method.sensitivity import square_gradient_sum
 from efx_plugin.method.statistics import InputStatistics
 from efx_plugin.model.adapters import LinearLayer
-from efx_plugin.model.propagation import RegisterHook, TokenMask, every_token
+from efx_plugin.model.hooks import RegisterHook, TokenMask, every_token
 
 
 class FisherStatistics:

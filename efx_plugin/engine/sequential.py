@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from efx_plugin.engine.arguments import PruningArguments
-from efx_plugin.engine.block_pruner import BlockPruner, PrunedLayer, Store
+from efx_plugin.engine.block_pruner import BlockPruner, Store
 from efx_plugin.engine.blocks import PlannedBlock, decoder_blocks
+from efx_plugin.engine.decide import RunningScores
+from efx_plugin.engine.report import PrunedLayer
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import inner_model
 
@@ -55,7 +57,7 @@ def prune_in_sequence(
     store: Store,
     sparsities: Mapping[str, float] | None = None,
     sensitivities: Mapping[str, Tensor] | None = None,
-    averages: dict[str, Tensor] | None = None,
+    running: RunningScores | None = None,
     progress: str | None = None,
 ) -> list[PrunedLayer]:
     """Calibrate, prune and repair every planned block, in order.
@@ -69,7 +71,7 @@ def prune_in_sequence(
         arguments: how to prune.
         batches: calibration data.
         store: stores the decision for a layer such that the layer then computes as pruned.
-        sparsities, sensitivities, averages: see `BlockPruner`.
+        sparsities, sensitivities, running: see `BlockPruner`.
         progress: label of the progress bar; None shows none.
 
     Returns:
@@ -97,15 +99,12 @@ def prune_in_sequence(
             if (plan := planned.get(name)) is not None:
                 pruner = BlockPruner(
                     inner_model(model),
-                    name,
-                    plan.block,
-                    plan.layers,
-                    plan.others,
+                    plan,
                     arguments,
                     sparsities=sparsities,
                     token_mask=lambda: mask,
                     sensitivities=sensitivities,
-                    averages=averages,
+                    running=running,
                 )
                 with ExitStack() as hooks:
                     pruner.attach(partial(register_hook, hooks))

@@ -456,17 +456,3 @@ def _others(module: nn.Module, known: Iterable[str]) -> set[str]:
 def _has_state(module: nn.Module) -> bool:
     """Norms count whether or not they have a gain."""
     return next(module.parameters(), None) is not None or type(module).__name__.endswith("Norm")
-
-
-# -------------------------------------------------------------------------------------------------- experts
-
-
-def expert_places(block: nn.Module, layers: list[LinearLayer]) -> dict[str, tuple[str, int]]:
-    """By the names of linear layers that belong to an expert: the path in the block of the list of experts, and the
-    place of the expert in it."""
-    paths = {module: path for path, module in block.named_modules()}
-    places = {}
-    for layer in layers:
-        if match := re.match(r"(.*\bexperts)\.(\d+)\.", paths[layer.module]):
-            places[layer.name] = (match[1], int(match[2]))
-    return places

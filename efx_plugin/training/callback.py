@@ -26,11 +26,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from efx_plugin.engine.arguments import PruningArguments
-from efx_plugin.engine.block_pruner import Decision, PrunedLayer
 from efx_plugin.engine.blocks import PlannedBlock, allocate_over_blocks, plan_blocks
 from efx_plugin.engine.compute_dtype import warn_of_slow_dtype
+from efx_plugin.engine.decide import Decision, RunningScores
 from efx_plugin.engine.distributed import gather_objects, world
 from efx_plugin.engine.fisher import FisherStatistics
+from efx_plugin.engine.report import measures
 from efx_plugin.engine.sequential import Batch, prune_in_sequence, register_hook
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import (
@@ -143,7 +144,7 @@ class EfficientXpertCallback(TrainerCallback):
         # Batches of this process with their step, and their tokens; the last ones that calibrate the next pruning.
         self._batches: deque[tuple[int, Batch, int]] = deque()
         self._current: Tensor | None = None
-        self._averages: dict[str, Tensor] | None = {} if self.refreshes > 1 else None
+        self._running = RunningScores(self.arguments.new_score_weight) if self.refreshes > 1 else None
         self._fisher: FisherStatistics | None = None
         if self.arguments.uses_propagation and self.arguments.propagation == "fisher":
             self._fisher = FisherStatistics(self._layers, lambda: self._current)
@@ -271,7 +272,7 @@ class EfficientXpertCallback(TrainerCallback):
             store=partial(self._store, optimizer),
             sparsities=sparsities,
             sensitivities=sensitivities,
-            averages=self._averages,
+            running=self._running,
             progress=f"Pruning at step {self._step}" if show else None,
         )
         self._batches.clear()
@@ -281,7 +282,7 @@ class EfficientXpertCallback(TrainerCallback):
         self._pruned_state = None
         if self._pruned == len(self._schedule):
             self._recording.remove()
-        measured = _measures(results)
+        measured = measures(results)
         if None not in previous.values():
             measured["mask_iou"] = _intersection_over_union(previous, self._layers)
         measured["pruning_seconds"] = time.perf_counter() - started
@@ -385,7 +386,8 @@ class EfficientXpertCallback(TrainerCallback):
                     if weight is not None:
                         tensors[f"weight.{layer.name}"] = weight
             if rank == 0:
-                tensors |= {f"average.{name}": average for name, average in (self._averages or {}).items()}
+                averages = {} if self._running is None else self._running.averages
+                tensors |= {f"average.{name}": average for name, average in averages.items()}
                 write_state(path, tensors, {})
         self._pruned_state = path
 
@@ -421,7 +423,7 @@ class EfficientXpertCallback(TrainerCallback):
                 write_parameter(layer.base, weight.to(layer.base.weight.device))
             install_mask(layer, unpack_mask(tensors[f"mask.{layer.name}"], layer.base.weight.shape))
             if (average := tensors.get(f"average.{layer.name}")) is not None:
-                self._averages[layer.name] = average.to(layer.base.weight.device)
+                self._running.averages[layer.name] = average.to(layer.base.weight.device)
 
     def _described(self) -> dict[str, Any]:
         return {
@@ -457,13 +459,6 @@ def _move_to_front(callback: TrainerCallback, handler: object) -> None:
     if isinstance(handler, CallbackHandler):
         handler.callbacks.remove(callback)
         handler.callbacks.insert(0, callback)
-
-
-def _measures(results: list[PrunedLayer]) -> dict[str, float]:
-    measured = {"sparsity": sum(result.zeros for result in results) / sum(result.size for result in results)}
-    if gains := [result.gain for result in results if result.gain is not None]:
-        measured["repair_gain"] = sum(gains) / len(gains)
-    return measured
 
 
 def _intersection_over_union(previous: dict[str, Tensor], layers: list[LinearLayer]) -> float:

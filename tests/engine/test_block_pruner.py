@@ -6,6 +6,8 @@ from peft import LoraConfig, get_peft_model
 
 from efx_plugin.engine.arguments import PruningArguments
 from efx_plugin.engine.block_pruner import BlockPruner
+from efx_plugin.engine.blocks import PlannedBlock
+from efx_plugin.engine.decide import RunningScores
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import linear_layers
 from tests.support.tiny_llama import tiny_llama
@@ -19,17 +21,14 @@ SETTINGS = {
 }
 
 
-def make_pruner(model, token_mask=lambda: None, averages=None, sensitivities=None, **changes):
+def make_pruner(model, token_mask=lambda: None, running=None, sensitivities=None, **changes):
     layers = [layer for layer in linear_layers(model) if layer.name.startswith(BLOCK + ".")]
     pruner = BlockPruner(
         model,
-        BLOCK,
-        model.get_submodule(BLOCK),
-        layers,
-        [],
+        PlannedBlock(BLOCK, model.get_submodule(BLOCK), layers, []),
         PruningArguments(**(SETTINGS | changes)),
         token_mask=token_mask,
-        averages=averages,
+        running=running,
         sensitivities=sensitivities,
     )
     pruner.attach(lambda module, hook, kind, **kwargs: getattr(module, f"register_{kind}_hook")(hook, **kwargs))
@@ -131,15 +130,16 @@ def test_a_mapping_gives_each_layer_its_sparsity():
 def test_new_scores_are_averaged_with_those_of_earlier_refreshes():
     """With an old score that speaks against one half of the inputs, that half is pruned first."""
     for changes in ({"comparison_group": "block"}, {"comparison_group": "matrix"}, {"saliency": "obs", **MATRIX}):
-        averages = {}
+        running = RunningScores(0.5)
         model = tiny_llama()
-        prune(model, averages=averages, repair="none", **changes)
+        prune(model, running=running, repair="none", **changes)
         first = {name: weight == 0 for name, weight in weights(model).items()}
-        assert {score.shape for score in averages.values()} == {weight.shape for weight in weights(model).values()}
-        for score in averages.values():
+        shapes = {weight.shape for weight in weights(model).values()}
+        assert {score.shape for score in running.averages.values()} == shapes
+        for score in running.averages.values():
             score[:, : score.shape[1] // 2] *= 1e4
         model = tiny_llama()
-        prune(model, averages=averages, repair="none", floor=2.0, **changes)
+        prune(model, running=running, repair="none", floor=2.0, **changes)
         for name, weight in weights(model).items():
             half = weight.shape[1] // 2
             assert (weight[:, :half] == 0).float().mean() < first[name][:, :half].float().mean(), name
@@ -178,7 +178,8 @@ def test_layers_that_read_the_same_tensor_share_their_gram():
     with torch.no_grad():
         model(tokens(0))
         model(tokens(1))
-    statistics = {name.rsplit(".", 1)[1]: value for name, value in pruner._statistics.items()}
+    evidence = pruner._calibration.finish()
+    statistics = {name.rsplit(".", 1)[1]: found.statistics for name, found in evidence.items()}
     assert statistics["q_proj"] is statistics["k_proj"] is statistics["v_proj"]
     assert statistics["gate_proj"] is statistics["up_proj"]
     assert len({id(value) for value in statistics.values()}) == 4

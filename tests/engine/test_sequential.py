@@ -42,10 +42,7 @@ def prune_one_block_per_pass(model, batches, arguments):
         current = {}
         pruner = BlockPruner(
             model,
-            plan.name,
-            plan.block,
-            plan.layers,
-            plan.others,
+            plan,
             arguments,
             token_mask=lambda: current["mask"],  # noqa: B023
         )

@@ -9,6 +9,7 @@ from loguru import logger
 
 from efx_plugin.engine.arguments import PruningArguments
 from efx_plugin.engine.block_pruner import BlockPruner
+from efx_plugin.engine.blocks import PlannedBlock
 from efx_plugin.model.adapters import linear_layers
 from tests.support.tiny_models import tiny_model
 
@@ -28,7 +29,7 @@ COMBINATIONS = {
 def prune(model, everyone=False, **arguments):
     """Weights and results of a block, and the warnings about experts."""
     layers = [layer for layer in linear_layers(model) if layer.name.startswith(BLOCK + ".")]
-    pruner = BlockPruner(model, BLOCK, model.model.layers[0], layers, [], PruningArguments(**arguments))
+    pruner = BlockPruner(model, PlannedBlock(BLOCK, model.model.layers[0], layers, []), PruningArguments(**arguments))
     pruner.attach(lambda module, hook, kind, **kwargs: getattr(module, f"register_{kind}_hook")(hook, **kwargs))
     lines = []
     sink = logger.add(lines.append, level="WARNING", format="{message}")

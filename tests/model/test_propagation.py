@@ -12,14 +12,8 @@ from torch.nn import functional
 
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import linear_layers
-from efx_plugin.model.propagation import (
-    ActivationPropagation,
-    BlockPropagation,
-    CountedRows,
-    NoPropagation,
-    WeightPropagation,
-    expert_weight_sensitivity,
-)
+from efx_plugin.model.experts import CountedRows, expert_weight_sensitivity
+from efx_plugin.model.propagation import ActivationPropagation, BlockPropagation, NoPropagation, WeightPropagation
 from tests.support.tiny_llama import tiny_llama
 from tests.support.tiny_models import ARCHITECTURES, tiny_model
 
