@@ -20,9 +20,12 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from efx_plugin.checkpoint import linear_bytes, save_sparse
+from efx_plugin.engine.compute_dtype import choose_for
+from efx_plugin.machine import cpu_name
 from efx_plugin.model.adapters import merge_adapters
 from integration.assets import smollm2, splits, token_blocks
-from integration.expert import perplexity, train_lora
+from integration.expert import load as load_model
+from integration.expert import perplexity, round_to_stored, train_lora
 from integration.serve_once import same_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,6 +62,8 @@ def main() -> None:
         )
         heldout = token_blocks(tokenizer, texts["heldout"], WINDOW, HELDOUT_TOKENS)
         prompts = heldout[:: len(heldout) // 3, :PROMPT_TOKENS][:3].tolist()
+        chosen = choose_for(AutoModelForCausalLM.from_pretrained(model_directory))
+        console.print(chosen.reason)
 
     ppl = {}
     with step(f"Fine-tuning: LoRA on {training.numel():,} tokens of licence text"):
@@ -68,7 +73,7 @@ def main() -> None:
         adapted.save_pretrained(OUTPUT / "adapter")
 
     with step("Merging the adapter: the dense expert"):
-        dense = merge_adapters(adapted)
+        dense = round_to_stored(merge_adapters(adapted))
         ppl["lora"] = perplexity(dense, heldout)
         # llm-compressor wants a directory behind every model, and so does the pruning of each rival from scratch.
         dense.save_pretrained(OUTPUT / "lora-merged")
@@ -77,12 +82,12 @@ def main() -> None:
     for name, recipe in RIVALS.items():
         with step(f"Rival: llm-compressor's {name} on the merged model, {recipe}"):
             pruned = prune(load(OUTPUT / "lora-merged"), tokenizer, calibration, recipe)
-            ppl[name] = perplexity(pruned, heldout)
+            ppl[name] = perplexity(round_to_stored(pruned), heldout)
 
     with step("Ours: EfficientXpertModifier on the model with its adapter, expert_50.yaml"):
         adapted = PeftModel.from_pretrained(load(model_directory), OUTPUT / "adapter")
         prune(adapted.base_model.model, tokenizer, calibration, "expert_50.yaml")
-        expert = merge_adapters(adapted)
+        expert = round_to_stored(merge_adapters(adapted))
         ppl["expert"] = perplexity(expert, heldout)
         sparsities = block_sparsities(expert)
 
@@ -109,6 +114,8 @@ def main() -> None:
         "corpus": CORPUS,
         "seed": SEED,
         "sparsity": SPARSITY,
+        "processor": cpu_name(),
+        "compute_dtype": {"pruning": str(chosen.dtype).removeprefix("torch."), "serving": served["sparse"]["dtype"]},
         "perplexity": ppl,
         "retention": ppl["lora"] / ppl["expert"],
         "disk_bytes": disk,
@@ -137,7 +144,7 @@ def step(title: str):
 
 def load(directory: Path) -> PreTrainedModel:
     # At this length, eager attention is a little faster on a CPU than torch's fused one.
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, attn_implementation="eager")
+    return load_model(directory, attn_implementation="eager")
 
 
 def calibration_set(blocks: torch.Tensor) -> Dataset:

@@ -6,12 +6,30 @@ fine-tuning (LLaMA-2 7B, rank 8, alpha 16, learning rate 2e-4, three epochs).
 
 import math
 import tempfile
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from efx_plugin.engine.compute_dtype import choose_for, computed_in, convert, restore
+
+STORED = torch.bfloat16  # the dtype of all checkpoints
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def load(directory: Path, **options) -> PreTrainedModel:
+    """A model in the dtype to compute in on this machine; `options` are those of `from_pretrained`."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=STORED, **options)
+    convert(model, choose_for(model).dtype)
+    return model
+
+
+def round_to_stored(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its weights rounded to what is stored of them, in place."""
+    restore(model, {name: STORED for name, _ in model.named_parameters()})
+    return model
 
 
 def train_lora(
@@ -28,9 +46,9 @@ def train_lora(
 ):
     """Train a LoRA adapter on all seven projections for one pass over `blocks`; returns the PeftModel.
 
-    The frozen weights keep their dtype, the adapter is float32, and products are computed in bfloat16
-    (autocast). The rate rises linearly over the first tenth of the steps and falls linearly to zero.
-    Nothing is saved and nothing is reported; a progress bar shows the steps.
+    The frozen weights keep their dtype, the adapter is float32, and products are computed in the dtype of the frozen
+    weights (bfloat16 by autocast). The rate rises linearly over the first tenth of the steps and falls linearly to
+    zero. Nothing is saved and nothing is reported; a progress bar shows the steps.
 
     Args:
         model: a transformers causal language model of Llama type, which PEFT wraps in place.
@@ -48,6 +66,7 @@ def train_lora(
     set_seed(seed)
     adapter = LoraConfig(r=rank, lora_alpha=alpha, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
     model = get_peft_model(model, adapter)
+    bf16 = model.dtype == torch.bfloat16
     steps = math.ceil(len(blocks) / batch_size)
     with tempfile.TemporaryDirectory() as unused:  # the Trainer insists on an output directory
         arguments = TrainingArguments(
@@ -57,7 +76,7 @@ def train_lora(
             learning_rate=lr,
             lr_scheduler_type="linear",
             warmup_steps=math.ceil(steps / 10),
-            bf16=True,
+            bf16=bf16,
             use_cpu=not torch.accelerator.is_available(),  # bf16 is refused on a CPU not asked for
             seed=seed,
             save_strategy="no",
@@ -83,7 +102,7 @@ def train_lora(
 def perplexity(model, blocks: torch.Tensor, batch_size: int = 8) -> float:
     """exp of the mean negative log-likelihood of every token of `blocks` but the first of each window.
 
-    The model computes in its own dtype, the likelihood in float32.
+    The model computes in the dtype for this machine, the likelihood in float32.
 
     Args:
         model: a transformers or PEFT causal language model; evaluated without dropout, its mode restored.
@@ -93,7 +112,10 @@ def perplexity(model, blocks: torch.Tensor, batch_size: int = 8) -> float:
     training = model.training
     model.eval()
     total = 0.0
-    with tqdm(total=len(blocks), desc="perplexity", unit="window") as progress:
+    with (
+        computed_in(model, choose_for(model).dtype),
+        tqdm(total=len(blocks), desc="perplexity", unit="window") as progress,
+    ):
         for batch in blocks.to(model.device).split(batch_size):
             logits = model(input_ids=batch, use_cache=False).logits
             for window, tokens in zip(logits, batch, strict=True):  # one at a time: float32 logits are large

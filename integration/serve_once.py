@@ -7,6 +7,7 @@ The prompts are a JSON list of texts, or of lists of token ids. The output:
     {"outputs": [{"token_ids": [...], "text": "...", "margins": [...]}, ...],   one per prompt; text is null without a
                                   tokenizer; margins are the leads of each token over the next best, in nats
      "tokens_per_second": 12.3,    generated tokens of all prompts together, median of three runs after a warm-up
+     "dtype": "bfloat16",          of activations: float32 on a CPU that cannot multiply in bfloat16
      "operator": "reference",      the kernel that the sparse layers run on; "dense" where nothing is sparse
      "load_seconds": 4.5,
      "versions": {"vllm": "0.32.0"}}
@@ -33,16 +34,19 @@ def serve(
 ) -> dict[str, Any]:
     """Generate for all prompts in one batch; see the module's description for the result."""
     set_environment(tp)
+    import torch
     from vllm import LLM, SamplingParams
     from vllm import __version__ as vllm_version
 
+    from efx_plugin.machine import cpu_multiplies_in
     from efx_plugin.serving.linear_method import kernels_in_use
 
     has_tokenizer = any((model / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    dtype = "bfloat16" if cpu_multiplies_in(torch.bfloat16) else "float32"
     start = time.perf_counter()
     llm = LLM(
         str(model),
-        dtype="bfloat16",
+        dtype=dtype,
         enforce_eager=eager,
         tensor_parallel_size=tp,
         skip_tokenizer_init=not has_tokenizer,
@@ -69,6 +73,7 @@ def serve(
             for output, leads in zip(outputs, margins, strict=True)
         ],
         "tokens_per_second": statistics.median(speeds[1:]),
+        "dtype": dtype,
         "operator": ", ".join(kernels) or "dense",
         "load_seconds": load_seconds,
         "versions": {"vllm": vllm_version},

@@ -13,7 +13,7 @@ from efx_plugin.checkpoint import linear_bytes, load_sparse, save_sparse
 from efx_plugin.model.adapters import merge_adapters
 from integration.assets import smollm2, splits, token_blocks
 from integration.demo import block_sparsities, calibration_set, load, prune
-from integration.expert import perplexity, train_lora
+from integration.expert import perplexity, round_to_stored, train_lora
 from integration.serve_once import TIE, same_tokens
 from integration.serving_models import kernel
 
@@ -49,7 +49,7 @@ def adapted(adapter):
 def expert(tokenizer, text, adapter):
     model = adapted(adapter)
     prune(model.base_model.model, tokenizer, calibration_set(text["calibration"]), "expert_50.yaml")
-    return merge_adapters(model)
+    return round_to_stored(merge_adapters(model))
 
 
 def test_every_block_is_half_zeros_after_the_merge(expert):
@@ -62,6 +62,7 @@ def test_the_expert_is_clearly_better_than_wanda_on_heldout_text(expert, tokeniz
     dense = merge_adapters(adapted(adapter))
     dense.config._name_or_path = str(smollm2())
     wanda = prune(dense, tokenizer, calibration_set(text["calibration"]), "wanda_50.yaml")
+    round_to_stored(wanda)
     assert perplexity(expert, text["heldout"]) < 0.9 * perplexity(wanda, text["heldout"])
 
 

@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from efx_plugin.checkpoint import linear_bytes, load_sparse, save_sparse
+from efx_plugin.engine.compute_dtype import choose_for, computed_in
 from efx_plugin.model.adapters import merge_adapters
 from efx_plugin.training import EfficientXpertCallback
 from integration.assets import smollm2, splits, token_blocks
 from integration.demo import ROOT, serve
-from integration.expert import PROJECTIONS, perplexity
+from integration.expert import PROJECTIONS, load, perplexity, round_to_stored
 from integration.serve_once import same_tokens
 from tests.support.tiny_llama import save_tiny_llama
 
@@ -84,7 +85,7 @@ def train_expert(
         learning_rate: at its peak.
         pruning: arguments of EfficientXpertCallback.
     """
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    model = load(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     base_perplexity = perplexity(model, heldout)
     callback = EfficientXpertCallback(sparsity=0.5, **pruning)
@@ -101,7 +102,7 @@ def train_expert(
             learning_rate=learning_rate,
             warmup_steps=0.1,
             max_length=training.shape[1],
-            bf16=True,
+            bf16=model.dtype == torch.bfloat16,
             use_cpu=not torch.accelerator.is_available(),  # bf16 is refused on a CPU not asked for
             gradient_checkpointing=False,  # saves memory that is not short here
             save_strategy="no",
@@ -114,11 +115,14 @@ def train_expert(
     measured = next(entry for entry in reversed(trainer.state.log_history) if "sparsity" in entry)
 
     expert = merge_adapters(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
+    round_to_stored(expert)
     save_sparse(expert, output / "expert", tokenizer=tokenizer, progress=False)
     size = linear_bytes(output / "expert")
     prompts = heldout[:3, :PROMPT_TOKENS]
     served = serve(output / "expert", prompts.tolist(), NEW_TOKENS)
-    generated = greedy(load_sparse(output / "expert"), prompts)
+    loaded = load_sparse(output / "expert")
+    with computed_in(loaded, choose_for(loaded).dtype):
+        generated = greedy(loaded, prompts)
     return {
         "perplexity": {"base": base_perplexity, "sparse expert": perplexity(expert, heldout)},
         "sparsity": measured["sparsity"],

@@ -124,10 +124,10 @@ def restore(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
     quantized = {
         f"{name}.weight"
         for name, module in model.named_modules()
-        if _round_scale(module, dtypes.get(f"{name}.weight", usual))
+        if _round_scale(module, dtypes.get(_plain(f"{name}.weight"), usual))
     }
     for name, tensor in _weights(model):
-        wanted = dtypes.get(name, usual)
+        wanted = dtypes.get(_plain(name), usual)
         if tensor.dtype != torch.float32 or wanted == torch.float32 or name in quantized:
             continue
         rounded = tensor.data.to(wanted)

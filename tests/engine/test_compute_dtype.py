@@ -97,6 +97,15 @@ def test_there_and_back_no_bit_changes_and_what_was_wide_stays_so(stored):
         assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8))
 
 
+def test_an_adapter_keeps_its_dtype_beside_weights_of_another():
+    adapted = get_peft_model(tiny_llama().bfloat16(), LoraConfig(r=2, target_modules=["q_proj"]))
+    before = {name: tensor.dtype for name, tensor in adapted.state_dict().items()}
+    assert set(before.values()) == {torch.bfloat16, torch.float32}
+    with computed_in(adapted, torch.float32):
+        assert {tensor.dtype for tensor in adapted.parameters()} == {torch.float32}
+    assert {name: tensor.dtype for name, tensor in adapted.state_dict().items()} == before
+
+
 def test_zeros_and_masks_are_exact_after_rounding_and_values_are_rounded_once():
     """Of every magnitude that float32 has in the range of normal numbers, however it was pruned."""
     model = tiny_llama().bfloat16()
