@@ -35,6 +35,15 @@ class AdapterFiles:
     tensors: Mapping[str, Tensor]
     notices: tuple[str, ...]
 
+    def is_copy(self, name: str) -> bool:
+        """Whether a tensor is stored under another name too, as PEFT does with resized embeddings."""
+        for wrapper in (".modules_to_save.", ".original_module."):
+            module, wrapped, leaf = name.rpartition(wrapper)
+            if wrapped:
+                return f"{module}.{leaf}" in self.tensors
+        _, wrapped, leaf = name.rpartition(".token_adapter.")
+        return bool(wrapped) and sum(other.endswith(wrapped + leaf) for other in self.tensors) > 1
+
 
 def read_adapter(folder: Path, model_class: str, base: Path) -> AdapterFiles:
     """Look at an adapter's folder.
@@ -63,16 +72,16 @@ def read_adapter(folder: Path, model_class: str, base: Path) -> AdapterFiles:
                 f"{folder / ADAPTER_CONFIG} sets {name}, which this release of PEFT does not know: update peft, "
                 "or merge the adapter with the release that trained it"
             )
+    if str(raw.get("init_lora_weights")).startswith(_ONCE_ONLY):
+        raise EfxError(
+            f"the adapter in {folder} was initialized by {raw['init_lora_weights']}, which changed the base "
+            "weights: save it as plain LoRA with path_initial_model_for_weight_conversion in PEFT's save_pretrained"
+        )
     try:
         config = LoraConfig.from_pretrained(folder)
     except Exception as error:  # PEFT checks its fields in many ways
         raise EfxError(f"PEFT cannot use {folder / ADAPTER_CONFIG}: {one_line(error)}") from error
     refuse_config(config, f"the adapter in {folder}")
-    if str(config.init_lora_weights).startswith(_ONCE_ONLY):
-        raise EfxError(
-            f"the adapter in {folder} was initialized by {config.init_lora_weights}, which changed the base "
-            "weights: save it as plain LoRA with path_initial_model_for_weight_conversion in PEFT's save_pretrained"
-        )
     _refuse_other_task(folder, config, model_class)
     notices = []
     named = config.base_model_name_or_path
@@ -95,11 +104,12 @@ def _refuse_other_task(folder: Path, config: LoraConfig, model_class: str) -> No
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / _SAFETENSORS
     if path.is_file():
-        return safetensors_file.on_meta(safetensors_file.read_header(path))
-    path = folder / _PICKLED
-    if not path.is_file():
+        tensors = safetensors_file.on_meta(safetensors_file.read_header(path))
+    elif (path := folder / _PICKLED).is_file():
+        try:
+            tensors = torch.load(path, map_location="meta", weights_only=True)
+        except Exception as error:  # pickle fails in many ways
+            raise EfxError(f"{path} cannot be read ({one_line(error)}): copy it anew") from error
+    else:
         raise EfxError(f"{folder} has no {_SAFETENSORS}: the adapter was not saved whole, copy it anew")
-    try:
-        return torch.load(path, map_location="meta", weights_only=True)
-    except Exception as error:  # pickle fails in many ways
-        raise EfxError(f"{path} cannot be read ({one_line(error)}): copy it anew") from error
+    return tensors

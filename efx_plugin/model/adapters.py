@@ -197,7 +197,10 @@ def merge_unusual(model: PeftModel) -> None:
             dtypes = {parameter: parameter.dtype for parameter in plain.parameters(recurse=False)}
             for parameter in dtypes:
                 parameter.data = parameter.data.float()
-            module.merge()
+            if isinstance(module, lora.ParamWrapper):  # one inside the other
+                module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            else:
+                module.merge()
             for parameter, dtype in dtypes.items():
                 parameter.data = parameter.data.to(dtype)
         else:

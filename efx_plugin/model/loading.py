@@ -5,6 +5,7 @@ are put together from the names and shapes in the files' headers, by the code th
 fit is named within seconds, and nothing is dropped or made up.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -43,6 +44,11 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+)
+# What torch says of a tensor of another shape.
+_OTHER_SHAPE = re.compile(
+    r"size mismatch for (\S+): copying a param with shape torch\.Size\((\[.*?\])\) from checkpoint, "
+    r"the shape in current model is torch\.Size\((\[.*?\])\)"
 )
 
 
@@ -154,9 +160,14 @@ def inspect_sources(model: Path, adapter: Path | None, *, trust_remote_code: boo
         )
     rows = skeleton.get_input_embeddings().weight.shape[0]
     if (tokens := len(_read_tokenizer(folder, trust_remote_code))) > rows:
-        raise EfxError(
-            f"the tokenizer of {folder} has {tokens} tokens and the model embeds {rows}: pass the tokenizer that "
-            "belongs to the model"
+        if folder == adapter and _has_tokenizer(model) and len(_read_tokenizer(model, trust_remote_code)) < tokens:
+            raise EfxError(
+                f"the adapter in {adapter} was trained on a vocabulary of {tokens} tokens, the model has {rows}, and "
+                "the adapter holds no embeddings: save it with save_embedding_layers=True, or pass the model with its "
+                "resized embeddings"
+            )
+        notices.append(
+            f"the tokenizer of {folder} has {tokens} tokens and the model {rows}: the last ones are unknown to it"
         )
     return Sources(files, adapted, folder, vocabulary, skeleton, tuple(notices))
 
@@ -173,6 +184,7 @@ def _load_model(
             config=deepcopy(files.config),
             dtype=dtype,
             output_loading_info=True,
+            ignore_mismatched_sizes=tensors is not None,
             **where,
         )
     except Exception as error:  # each family checks its sizes in its own way
@@ -181,6 +193,12 @@ def _load_model(
         raise EfxError(
             f"{files.folder} was stored with its adapter unmerged: store what "
             "efx_plugin.merge_adapters(peft_model) returns"
+        )
+    if mismatched := sorted(info["mismatched_keys"]):
+        weight, theirs, ours = mismatched[0]
+        raise EfxError(
+            f"{weight} in {files.folder} has the shape {list(theirs)} and config.json asks for {list(ours)}: they do "
+            "not belong together, download the model again"
         )
     if missing := info["missing_keys"]:
         head = model.get_output_embeddings()
@@ -204,24 +222,35 @@ def _add_adapter(model: PreTrainedModel, adapter: AdapterFiles, vocabulary: int 
         tensors = dict(adapter.tensors) if rehearsal else load_peft_weights(str(adapter.folder), device="cpu")
         result = set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=rehearsal)
     except Exception as error:  # PEFT raises what it meets: KeyError, ValueError, RuntimeError
+        reason = one_line(error)
+        if found := _OTHER_SHAPE.search(str(error)):
+            name, theirs, ours = found.groups()
+            reason = f"{name} has the shape {theirs} and would need {ours}"
         raise EfxError(
-            f"the adapter in {adapter.folder} does not fit {type(model).__name__} ({one_line(error)}): pass the "
-            f"model that it was trained on{_named_base(adapter)}"
+            f"the adapter in {adapter.folder} does not fit {type(model).__name__} ({reason}): pass the model that it "
+            f"was trained on{_named_base(adapter)}"
         ) from error
-    if result.unexpected_keys:
+    if homeless := [name for name in result.unexpected_keys if not adapter.is_copy(name)]:
         raise EfxError(
-            f"the adapter in {adapter.folder} holds {min(result.unexpected_keys)}, which has no place in a "
-            f"{type(model).__name__}: pass the model that it was trained on{_named_base(adapter)}"
+            f"the adapter in {adapter.folder} holds {min(homeless)}, which has no place in a {type(model).__name__}: "
+            f"pass the model that it was trained on{_named_base(adapter)}"
         )
-    if lost := [name for name in result.missing_keys if ".lora_" in name or ".modules_to_save." in name]:
+    if lost := [name for name in result.missing_keys if _belongs_to_adapter(adapted, name)]:
         raise EfxError(
-            f"the adapter in {adapter.folder} has no {min(lost)}, which its config asks for: it was not saved "
-            "whole, copy it anew"
+            f"the adapter in {adapter.folder} has no {min(lost)}, which its config asks for: it was not saved whole, "
+            "copy it anew"
         )
     merge_unusual(adapted)
     if not any(isinstance(module, BaseTunerLayer) for module in adapted.modules()):
         return adapted.unload()
     return adapted.eval()
+
+
+def _belongs_to_adapter(model: PeftModel, name: str) -> bool:
+    """Whether a tensor is the adapter's own ("default" to PEFT), and not another's under a second name."""
+    module, inside, _ = name.rpartition(".trainable_tokens_")
+    tied = inside and getattr(model.get_submodule(module), "tied_adapter", None) is not None
+    return "default" in name.split(".") and not tied
 
 
 def _named_base(adapter: AdapterFiles) -> str:

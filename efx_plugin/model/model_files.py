@@ -100,8 +100,9 @@ def inner_folders(folder: Path, file: str) -> list[Path]:
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error in one line, without a full stop."""
-    return " ".join((str(error).strip() or type(error).__name__).split()).rstrip(".")
+    """The first sentence of an error's message, without a full stop."""
+    message = " ".join((str(error).strip() or type(error).__name__).split())
+    return message.split(". ")[0].rstrip(".")
 
 
 def has_weights(folder: Path) -> bool:
