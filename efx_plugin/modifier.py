@@ -18,7 +18,7 @@ from efx_plugin.engine.block_pruner import BlockPruner
 from efx_plugin.engine.blocks import allocate_over_blocks, layer_sparsities, plan_blocks
 from efx_plugin.engine.compute_dtype import warn_of_slow_dtype
 from efx_plugin.engine.distributed import gather_objects, world
-from efx_plugin.engine.fisher import Fisher, measure_fisher
+from efx_plugin.engine.fisher import Fisher, measure_fisher, obstacle_to_loss
 from efx_plugin.engine.report import PrunedLayer, summary
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import LinearLayer, inner_model
@@ -119,7 +119,7 @@ class EfficientXpertModifier(PruningArguments, Modifier):
         offloaded = any(parameter.is_meta for parameter in model.parameters()) or any(
             isinstance(module._parameters, OffloadCache) or hasattr(module, "_hf_hook") for module in model.modules()
         )
-        reason = "the model is offloaded" if offloaded else None
+        reason = "the model is offloaded" if offloaded else obstacle_to_loss(model, batches)
         if reason is None:
             try:
                 return measure_fisher(model, list(self._layers.values()), batches, self.propagation_tokens)

@@ -4,7 +4,17 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from efx_plugin.errors import EfxError
@@ -332,8 +342,72 @@ def test_what_cannot_work_is_refused_before_training(tmp_path):
         begin(load_best=True)
     with pytest.raises(EfxError, match="2 pruning points do not fit into 1 training steps"):
         begin(max_steps=1)
-    with pytest.raises(EfxError, match="is not plain LoRA"):
-        begin(get_peft_model(tiny_llama(), LoraConfig(use_dora=True, target_modules="all-linear")))
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (AdaLoraConfig(init_r=4, target_r=2, total_step=STEPS, target_modules=["q_proj"]), "ADALORA"),
+        (PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), "prompt tuning"),
+        (PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), "prefix tuning"),
+        (IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]), "IA3"),
+        (LoHaConfig(target_modules=["q_proj"]), "LOHA"),
+        (OFTConfig(r=4, oft_block_size=0, target_modules=["q_proj"]), "OFT"),
+        (VeraConfig(r=4, target_modules=["q_proj"]), "VERA"),
+        (LoraConfig(use_dora=True, target_modules="all-linear"), "use_dora"),
+        (LoraConfig(lora_bias=True, target_modules="all-linear"), "lora_bias"),
+        (LoraConfig(alora_invocation_tokens=[5], target_modules=["q_proj"], task_type="CAUSAL_LM"), "alora"),
+        (LoraConfig(layer_replication=[[0, 2], [1, 2]], target_modules=["q_proj"]), "layer_replication"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_adapters_that_weights_cannot_take_in_are_refused_by_name_before_training(tmp_path, config, name):
+    trainer = tiny_trainer(tmp_path, EfficientXpertCallback(), model=get_peft_model(tiny_llama(), config))
+    with pytest.raises(EfxError, match=name):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_end_of_a_tied_model_that_was_trained_alone_gets_its_own_weight(tmp_path, target):
+    lora = LoraConfig(r=4, target_modules=["q_proj", target], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(tie_word_embeddings=True), lora)
+    trained = {}
+
+    def at_the_end(step, model, **_):
+        if step == STEPS:
+            with torch.no_grad():
+                trained["logits"] = copy.deepcopy(model).eval()(TEXT[:2]).logits
+
+    callback = EfficientXpertCallback(calibration_tokens=TOKENS)
+    trainer = tiny_trainer(tmp_path, callback, model=model, callbacks=(Watch(at_the_end),), learning_rate=5e-2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    assert not saved.config.tie_word_embeddings
+    assert not torch.equal(saved.lm_head.weight, saved.model.embed_tokens.weight)
+    for plain in (saved, merge_adapters(model).eval()):
+        with torch.no_grad():
+            torch.testing.assert_close(plain(TEXT[:2]).logits, trained["logits"], rtol=1e-3, atol=1e-3)
+
+
+def test_tokens_whose_label_is_not_used_do_not_count(tmp_path):
+    def counted(labels):
+        callback, seen = EfficientXpertCallback(calibration_tokens=TOKENS, warmup_fraction=0.5), []
+        watch = Watch(lambda step, **_: seen.append(sum(int(batch.mask.sum()) for _, batch, _ in callback._batches)))
+        rows = [{"input_ids": ids, "labels": labels(ids)} for ids in TEXT]
+        trainer = tiny_trainer(tmp_path, callback, rows=rows, callbacks=(watch,))
+        try:
+            trainer.train()
+        except EfxError as error:
+            assert "no token whose label is used before the pruning point at step 6" in str(error)
+        return seen[0], trainer.state.global_step
+
+    unused, position = torch.full((32,), -100), torch.arange(32)
+    assert counted(lambda ids: ids) == (4 * 32, STEPS)
+    assert counted(lambda ids: torch.where(position >= 24, ids, -100)) == (4 * 8, STEPS)
+    assert counted(lambda ids: unused) == (0, 6)
+    assert counted(lambda ids: torch.where(position == 0, ids, -100)) == (0, 6)  # labels are shifted
 
 
 def test_training_that_stops_before_the_last_pruning_point_is_no_sparse_model(tmp_path):

@@ -93,7 +93,8 @@ class BlockPruner:
         masks, sparsities = self._compete(evidence)
         rank, processes = world()
         results = []
-        for index, layer in enumerate(tqdm(self.plan.layers, desc=progress, disable=progress is None)):
+        layers = self.plan.layers if progress is None else tqdm(self.plan.layers, desc=progress)
+        for index, layer in enumerate(layers):
             found = evidence.pop(layer.name)
             weight, adapter = effective_weight(layer), stacked_adapter(layer) if self._needs_adapter else None
             keep = masks.pop(layer.name, None)

@@ -7,6 +7,7 @@ import torch
 from compressed_tensors.utils import is_match
 from loguru import logger
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from efx_plugin.engine.arguments import PruningArguments
 from efx_plugin.errors import EfxError
@@ -37,14 +38,17 @@ def plan_blocks(
 ) -> list[PlannedBlock]:
     """The decoder blocks of a model, in order, that hold targeted layers.
 
+    A target that is a class or an expression, such as "Linear", means layers in the decoder blocks: classification
+    heads, and vision towers and projectors of vision-language models, stay as they are, and the log says so.
+
     Args:
         model: a transformers model or a PeftModel around one.
         arguments: their targets and ignore choose the layers.
         block_classes: class of the decoder blocks; None takes the model's own declaration.
 
     Raises:
-        EfxError: no layer is targeted, one lies outside the decoder blocks, no blocks are found, a weight is not
-            finite, or its width does not suit the mask structure.
+        EfxError: no layer is targeted, one outside the decoder blocks is targeted by name, no blocks are found, a
+            weight is not finite, or its width does not suit the mask structure.
     """
     inner = inner_model(model)
     layers = linear_layers(model)
@@ -56,6 +60,13 @@ def plan_blocks(
             f"targets {arguments.targets} with ignore {arguments.ignore} match no linear layer of "
             f"{type(inner).__name__}, which has {_examples(layers)}: correct targets or ignore"
         )
+    if arguments.comparison_group == "block" and arguments.propagation == "activation" and arguments.n_of_m is None:
+        logger.warning(
+            "propagation 'activation' gives q and k another unit than the other matrices; comparison_group 'matrix' "
+            "suits it better than 'block'"
+        )
+    blocks = decoder_blocks(inner, block_classes)
+    targeted = _inside(targeted, blocks, arguments, inner)
     for layer in targeted:
         if not torch.isfinite(layer.base.weight).all():
             raise EfxError(f"the weight of {layer.name} contains NaN or infinity: the model is damaged, load it anew")
@@ -64,28 +75,43 @@ def plan_blocks(
                 f"mask_structure {arguments.mask_structure!r} does not divide the {layer.base.in_features} inputs of "
                 f"{layer.name}: add it to ignore"
             )
-    if arguments.comparison_group == "block" and arguments.propagation == "activation" and arguments.n_of_m is None:
-        logger.warning(
-            "propagation 'activation' gives q and k another unit than the other matrices; comparison_group 'matrix' "
-            "suits it better than 'block'"
-        )
-    plans, remaining = [], {layer.name for layer in targeted}
-    for name, block in decoder_blocks(inner, block_classes).items():
+    plans, names = [], {layer.name for layer in targeted}
+    for name, block in blocks.items():
         inside = [layer for layer in layers if layer.name.startswith(name + ".")]
-        chosen = [layer for layer in inside if layer.name in remaining]
+        chosen = [layer for layer in inside if layer.name in names]
         if chosen:
-            plans.append(PlannedBlock(name, block, chosen, [layer for layer in inside if layer.name not in remaining]))
-            remaining -= {layer.name for layer in chosen}
-    if remaining:
-        raise EfxError(
-            f"{min(remaining)} is targeted but lies outside the decoder blocks of {type(inner).__name__}: "
-            "add it to ignore"
-        )
+            plans.append(PlannedBlock(name, block, chosen, [layer for layer in inside if layer.name not in names]))
     return plans
 
 
+def _inside(
+    targeted: list[LinearLayer], blocks: Mapping[str, nn.Module], arguments: PruningArguments, model: nn.Module
+) -> list[LinearLayer]:
+    prefixes = tuple(name + "." for name in blocks)
+    inside = [layer for layer in targeted if layer.name.startswith(prefixes)]
+    outside = [layer for layer in targeted if not layer.name.startswith(prefixes)]
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    for layer in outside:
+        if layer.module is head or layer.name in arguments.targets:
+            raise EfxError(
+                f"{layer.name} is targeted but lies outside the decoder blocks of {type(model).__name__}: "
+                "add it to ignore"
+            )
+    if not inside:
+        raise EfxError(
+            f"targets {arguments.targets} with ignore {arguments.ignore} match no linear layer in the decoder blocks "
+            f"of {type(model).__name__}: correct targets or ignore"
+        )
+    if outside:
+        logger.warning(
+            f"{len(outside)} linear layers outside the decoder blocks stay as they are, such as {outside[0].name}"
+        )
+    return inside
+
+
 def decoder_blocks(model: nn.Module, block_classes: str | list[str] | None = None) -> dict[str, nn.Module]:
-    """The decoder blocks of a transformers model by name, in order.
+    """The decoder blocks of a transformers model by name, in order; of a vision-language model those of its language
+    model.
 
     Raises:
         EfxError: none are found.
@@ -97,7 +123,12 @@ def decoder_blocks(model: nn.Module, block_classes: str | list[str] | None = Non
         targets = infer_sequential_targets(model, block_classes)
     except (AttributeError, TypeError):
         targets = []
-    blocks = {name: module for name, module in model.named_modules() if name and is_match(name, module, targets)}
+    decoder = set(model.get_decoder().modules()) if isinstance(model, PreTrainedModel) else set(model.modules())
+    blocks = {
+        name: module
+        for name, module in model.named_modules()
+        if name and module in decoder and is_match(name, module, targets)
+    }
     # A LoRA wrapper or a nested match is no block of its own.
     blocks = {
         name: block for name, block in blocks.items() if not any(name.startswith(other + ".") for other in blocks)

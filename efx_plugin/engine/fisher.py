@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import find_labels
 
 from efx_plugin.engine.distributed import all_reduce_sum
 from efx_plugin.engine.memory import return_freed_memory
@@ -115,11 +116,11 @@ def measure_fisher(
     """Run batches forward and backward until `tokens` are seen. No parameter gets a gradient or changes.
 
     Args:
-        model: a causal language model; its decoder blocks are checkpointed where they can be, so that memory holds
-            the activations of one.
+        model: a language model, or a classifier with a decoder; its decoder blocks are checkpointed where they can be,
+            so that memory holds the activations of one.
         layers: the layers to watch.
         batches: mappings of input_ids [batch, tokens] and, where some tokens are not to count, attention_mask and
-            loss_mask of the same shape.
+            loss_mask of the same shape; for a classifier with its labels too, see `obstacle_to_loss`.
         tokens: how many to spend.
     """
     current: dict[str, Tensor] = {}
@@ -144,12 +145,44 @@ def measure_fisher(
             if "loss_mask" in batch:
                 mask = mask & batch["loss_mask"].to(mask.device).bool()
             current["mask"] = mask
-            _backward(model, ids, attended, mask)
+            if is_language_model(model):
+                _backward(model, ids, attended, mask)
+            else:
+                _backward_of_classifier(model, ids, attended, batch)
             count = int(mask.sum())
             statistics.see_tokens(count)
             progress.update(min(count, tokens - progress.n))
     return_freed_memory()
     return statistics.result()
+
+
+def obstacle_to_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> str | None:
+    """Why the loss of a model has no gradients on these batches; None where it has.
+
+    A language model is trained on the tokens themselves. A classifier needs its labels, which text alone does not have.
+    """
+    if is_language_model(model):
+        return None
+    if all(set(_label_names(model)) & batch.keys() for batch in batches):
+        return None
+    return f"a {type(model).__name__} has no loss on calibration data without {' and '.join(_label_names(model))}"
+
+
+def is_language_model(model: nn.Module) -> bool:
+    """Whether the model gives logits over its vocabulary."""
+    return model.get_output_embeddings() is not None
+
+
+def _label_names(model: nn.Module) -> list[str]:
+    return [name for name in find_labels(type(model)) if name != "return_loss"]
+
+
+def _backward_of_classifier(model: nn.Module, ids: Tensor, attended: Tensor, batch: Mapping[str, Tensor]) -> None:
+    """The gradients of the model's own loss, summed over what has a label: texts, or tokens."""
+    labels = {name: batch[name].to(ids.device) for name in _label_names(model) if name in batch}
+    loss = model(input_ids=ids, attention_mask=attended, **labels).loss
+    labelled = max(int((one != -100).sum()) if one.dim() > 1 else len(one) for one in labels.values())
+    (loss * labelled).backward()
 
 
 # Logits are among the largest tensors there are, and some libraries copy a weight for a product: so many tokens, and

@@ -30,7 +30,7 @@ from efx_plugin.engine.blocks import PlannedBlock, allocate_over_blocks, plan_bl
 from efx_plugin.engine.compute_dtype import warn_of_slow_dtype
 from efx_plugin.engine.decide import Decision, RunningScores
 from efx_plugin.engine.distributed import gather_objects, world
-from efx_plugin.engine.fisher import FisherStatistics
+from efx_plugin.engine.fisher import FisherStatistics, is_language_model
 from efx_plugin.engine.report import measures
 from efx_plugin.engine.sequential import Batch, prune_in_sequence, register_hook
 from efx_plugin.errors import EfxError
@@ -40,8 +40,11 @@ from efx_plugin.model.adapters import (
     active_adapters,
     add_to_adapter,
     effective_weight,
+    inner_model,
     linear_layers,
     read_parameter,
+    refuse_adapters,
+    untie_adapted,
     write_parameter,
 )
 from efx_plugin.model.masked import has_dropout, install_mask, mask_of, remove_mask
@@ -183,7 +186,10 @@ class EfficientXpertCallback(TrainerCallback):
         attention_mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
         if attention_mask is not None and attention_mask.shape == mask.shape:
             mask &= attention_mask.bool()
-        if labels is not None and labels.shape == mask.shape and bool((in_loss := labels != -100).any()):
+        if labels is not None and labels.shape == mask.shape:
+            in_loss = labels != -100
+            if is_language_model(inner_model(module)):
+                in_loss[:, 0] &= in_loss[:, 1:].any(dim=1)  # the first token's own label is never used
             mask &= in_loss
         inputs = {
             name: value.detach() if isinstance(value, Tensor) else value
@@ -192,6 +198,8 @@ class EfficientXpertCallback(TrainerCallback):
         }
         tokens = int(mask.sum())
         self._current = mask
+        if not tokens:
+            return
         self._batches.append((self._step, Batch(inputs, mask), tokens))
         while self._recorded - self._batches[0][2] >= self._budget:
             self._batches.popleft()
@@ -248,6 +256,11 @@ class EfficientXpertCallback(TrainerCallback):
         count = min(gather_objects(len(self._batches)))
         batches = [batch for _, batch, _ in self._batches][len(self._batches) - count :]
         tokens = sum(gather_objects(sum(int(batch.mask.sum()) for batch in batches)))
+        if not tokens:
+            raise EfxError(
+                f"training has shown no token whose label is used before the pruning point at step {self._step}, so it "
+                "cannot be calibrated: check that labels are not all -100, or prune later"
+            )
         if tokens < self.calibration_tokens and show:
             logger.warning(
                 f"the pruning point at step {self._step} is calibrated on {tokens} tokens instead of "
@@ -328,6 +341,8 @@ class EfficientXpertCallback(TrainerCallback):
                 f"training has ended after step {state.global_step}, before the pruning point at step "
                 f"{self._schedule[self._pruned]}: the model is not sparse, let training go on"
             )
+        if isinstance(model, PeftModel):
+            untie_adapted(model)
         for layer in linear_layers(model):
             keep = mask_of(layer)
             if keep is not None:
@@ -449,6 +464,14 @@ def _refuse(args: TrainingArguments, model: nn.Module) -> None:
         raise EfxError("EfficientXpertCallback needs a process for each GPU: start training with torchrun")
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise EfxError("EfficientXpertCallback needs whole parameters and FSDP1 flattens them: set fsdp_version to 2")
+    if isinstance(model, PeftModel):
+        refuse_adapters(model)
+        for name in model.active_adapters:
+            for variant in ("use_dora", "lora_bias"):
+                if getattr(model.peft_config[name], variant):
+                    raise EfxError(
+                        f"adapter {name!r} sets {variant}, which cannot learn under a mask: train plain LoRA"
+                    )
 
 
 def _move_to_front(callback: TrainerCallback, handler: object) -> None:

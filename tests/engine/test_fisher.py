@@ -1,8 +1,9 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaForSequenceClassification, LlamaForTokenClassification
 
-from efx_plugin.engine.fisher import measure_fisher
+from efx_plugin.engine.fisher import measure_fisher, obstacle_to_loss
 from efx_plugin.model.adapters import linear_layers
 from tests.support.tiny_llama import tiny_llama
 from tests.support.tiny_models import tiny_model
@@ -105,3 +106,46 @@ def test_the_model_is_left_as_it_was(adapted):
         assert torch.equal(parameter, before[name][0]) and parameter.requires_grad == before[name][1]
         assert parameter.grad is None
     assert hooks == sum(len(module._forward_hooks) for module in model.modules())
+
+
+def classifier(kind):
+    config = tiny_llama().config
+    config.num_labels = 3
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return kind(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels"),
+    [
+        (LlamaForSequenceClassification, torch.tensor([0, 2])),
+        (LlamaForSequenceClassification, torch.tensor([[0], [2]])),
+        (LlamaForTokenClassification, torch.tensor([[-100, 2] * 12, [1] * 24])),
+    ],
+    ids=["texts", "texts, in columns", "tokens"],
+)
+def test_a_classifiers_sensitivities_come_from_its_own_loss(kind, labels):
+    model, data = classifier(kind), [batch | {"labels": labels} for batch in batches(1)]
+    assert obstacle_to_loss(model, data) is None
+    layers = [layer for layer in linear_layers(model) if layer.name != "score"]
+    fisher = measure_fisher(model, layers, data, tokens=10**6)
+    probes = {}
+    for layer in layers:
+
+        def hook(_module, _args, output, name=layer.name):
+            probes[name] = torch.zeros_like(output, requires_grad=True)
+            return output + probes[name]
+
+        layer.module.register_forward_hook(hook)
+    logits = model(input_ids=data[0]["input_ids"], attention_mask=data[0]["attention_mask"]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
+    for (name, probe), gradient in zip(probes.items(), torch.autograd.grad(loss, list(probes.values())), strict=True):
+        expected = gradient.square().sum(dim=(0, 1)) / probe[..., 0].numel()
+        torch.testing.assert_close(fisher.sensitivities[name], expected, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [LlamaForSequenceClassification, LlamaForTokenClassification])
+def test_a_classifier_has_no_loss_on_text_without_labels(kind):
+    assert "has no loss on calibration data without labels" in obstacle_to_loss(classifier(kind), batches())
+    assert obstacle_to_loss(tiny_llama(), batches()) is None
