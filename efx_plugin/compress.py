@@ -96,7 +96,7 @@ def prune_to_checkpoint(
         network,
         output,
         structure=structure,
-        tokenizer=tokenizer,
+        companions=sources.companions,
         recipe=recipe,
         metadata=metadata,
         progress=progress,

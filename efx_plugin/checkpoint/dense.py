@@ -53,7 +53,7 @@ def export_dense(source: Path, directory: str | os.PathLike, *, max_shard_size: 
         with shards.progress_bar("writing", needed, progress) as bar:
             shards.write_shards(destination, sparse, storage_plan.make_shards(items, max_shard_size), bar.update)
         shards.write_json(destination / "config.json", _plain_config(config, described))
-        shards.copy_companions(source, destination)
+        shards.copy_companions(shards.companions(source), destination)
         (destination / "README.md").write_text(dense_card(Path(directory).name, source.absolute().name, described))
     stored = sum(tensor.nbytes for tensor in safetensors_file.read_index(source).values())
     _LOGGER.warning(

@@ -27,6 +27,7 @@ def save_sparse(
     structure: str = "auto",
     *,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    companions: Mapping[str, Path] | None = None,
     recipe: str | os.PathLike | None = None,
     max_shard_size: int | str = "5GB",
     metadata: Mapping[str, Any] | None = None,
@@ -47,6 +48,7 @@ def save_sparse(
         structure: "sparse-bitmask" (any zeros), "sparse-24-bitmask" (at most two non-zeros in each aligned four of a
             row), or "auto": the latter if every sparse weight is 2:4 sparse, else the former.
         tokenizer: saved along.
+        companions: files to copy as they are, by name, in place of the tokenizer and the model's generation config.
         recipe: the recipe that pruned the model, a path or its YAML text; saved along as recipe.yaml.
         max_shard_size: bytes, or a size such as "5GB".
         metadata: for the model card: `base_model`, `adapter` and `calibration` (text), `figures` (name -> value).
@@ -69,9 +71,11 @@ def save_sparse(
     state = model_weights.on_disk(model, model.state_dict() if quantization is None else quantized.state_of(model))
 
     def extras(destination: Path) -> None:
-        if model.can_generate():
+        if companions is not None:
+            shards.copy_companions(companions, destination)
+        elif model.can_generate():
             model.generation_config.save_pretrained(destination)
-        if tokenizer is not None:
+        if tokenizer is not None and companions is None:
             tokenizer.save_pretrained(destination)
         if recipe_text is not None:
             (destination / "recipe.yaml").write_text(recipe_text)
@@ -152,7 +156,7 @@ def export_checkpoint(
         max_shard_size=storage_plan.parse_size(max_shard_size),
         metadata=metadata,
         recipe=recipe.read_text() if recipe.is_file() else None,
-        extras=lambda destination: shards.copy_companions(source, destination),
+        extras=lambda destination: shards.copy_companions(shards.companions(source), destination),
         progress=progress,
     )
 

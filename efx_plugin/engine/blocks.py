@@ -90,6 +90,9 @@ def _inside(
     prefixes = tuple(name + "." for name in blocks)
     inside = [layer for layer in targeted if layer.name.startswith(prefixes)]
     outside = [layer for layer in targeted if not layer.name.startswith(prefixes)]
+    # The output layer of a vision-language model may lie deeper than a recipe's `ignore: [lm_head]` reaches.
+    ignored = {arguments.ignore} if isinstance(arguments.ignore, str) else set(arguments.ignore)
+    outside = [layer for layer in outside if layer.name.rpartition(".")[2] not in ignored]
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for layer in outside:
         if layer.module is head or layer.name in arguments.targets:

@@ -47,7 +47,8 @@ def inner_model(model: nn.Module) -> nn.Module:
 def linear_layers(model: nn.Module) -> list[LinearLayer]:
     """Every linear layer of a model in order, each LoRA pair with its base layer as one.
 
-    Modules that PEFT trains whole (`modules_to_save`) are left out: they are not part of the base model.
+    Modules that PEFT trains whole (`modules_to_save`) are left out: they are not part of the base model. So are
+    routers that are a Linear by name and compute something else.
 
     Raises:
         EfxError: an adapter other than plain LoRA sits on a linear layer, or its weight is quantized.
@@ -62,7 +63,7 @@ def linear_layers(model: nn.Module) -> list[LinearLayer]:
             if isinstance(base := module.get_base_layer(), nn.Linear):
                 _require_plain_lora(name, module)
                 layers.append(LinearLayer(name, module, base))
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             layers.append(LinearLayer(name, module, module))
     for layer in layers:
         if not layer.base.weight.is_floating_point():

@@ -240,7 +240,12 @@ def _add_adapter(model: PreTrainedModel, adapter: AdapterFiles, vocabulary: int 
             f"the adapter in {adapter.folder} has no {min(lost)}, which its config asks for: it was not saved whole, "
             "copy it anew"
         )
-    merge_unusual(adapted)
+    try:
+        merge_unusual(adapted)
+    except Exception as error:  # PEFT's variants of LoRA have limits of their own
+        raise EfxError(
+            f"the adapter in {adapter.folder} cannot be merged ({one_line(error)}): train a plain LoRA adapter instead"
+        ) from error
     if not any(isinstance(module, BaseTunerLayer) for module in adapted.modules()):
         return adapted.unload()
     return adapted.eval()

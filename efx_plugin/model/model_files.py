@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,15 @@ def _is_known(raw: Mapping[str, Any]) -> bool:
     return isinstance(names[0], str) and hasattr(transformers, names[0])
 
 
+def _needs_more_than_text(cls: type[PreTrainedModel]) -> bool:
+    """Whether a forward pass takes other arguments than tokens."""
+    return any(
+        parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        for name, parameter in signature(cls.forward).parameters.items()
+        if name not in ("self", "input_ids")
+    )
+
+
 def _model_class(
     folder: Path, config: PretrainedConfig, raw: Mapping[str, Any], trust_remote_code: bool, notices: list[str]
 ) -> type[PreTrainedModel]:
@@ -191,6 +201,11 @@ def _model_class(
     if config.is_encoder_decoder:
         raise EfxError(
             f"{folder} holds a {name}, an encoder-decoder: only decoders can be pruned, such as Llama or Qwen"
+        )
+    if getattr(config.get_text_config(), "cross_attention_layers", None) or _needs_more_than_text(cls):
+        raise EfxError(
+            f"{folder} holds a {name}, which text alone does not run through, so it cannot be calibrated: only models "
+            "whose whole decoder reads text can be pruned, such as LLaVA, Gemma 3 or Qwen-VL"
         )
     decoder = config.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:

@@ -10,7 +10,16 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    BertForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import merge_adapters
@@ -35,7 +44,8 @@ def trained(model: torch.nn.Module, folder: Path, **options) -> torch.Tensor:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
-    return model.eval()(input_ids=IDS).logits
+    output = model.eval()(input_ids=IDS)
+    return output.logits if "logits" in output else output.start_logits + 2 * output.end_logits
 
 
 def merged(model: torch.nn.Module) -> torch.nn.Module:
@@ -101,6 +111,31 @@ def test_adapters_of_every_mergeable_kind_arrive(tmp_path, options):
     base, adapter = save_tiny_llama(tmp_path / "base", **fields), tmp_path / "adapter"
     expected = trained(AutoModelForCausalLM.from_pretrained(base), adapter, **options)
     torch.testing.assert_close(logits(merged(inspect_sources(base, adapter).load())), expected, rtol=1e-4, atol=1e-4)
+
+
+CLASSIFIERS = [
+    ("SEQ_CLS", AutoModelForSequenceClassification),
+    ("TOKEN_CLS", AutoModelForTokenClassification),
+    ("QUESTION_ANS", AutoModelForQuestionAnswering),
+]
+
+
+@pytest.mark.parametrize(("task", "kind"), CLASSIFIERS, ids=[task for task, _ in CLASSIFIERS])
+def test_classifiers_keep_their_class_and_their_trained_head(tmp_path, base, task, kind):
+    kind.from_pretrained(base, **({"num_labels": 3} if task != "QUESTION_ANS" else {})).save_pretrained(
+        tmp_path / "head"
+    )
+    tiny_tokenizer(128).save_pretrained(tmp_path / "head")
+    model = kind.from_pretrained(tmp_path / "head")
+    expected = trained(model, tmp_path / "adapter", task_type=task)
+    sources = inspect_sources(tmp_path / "head", tmp_path / "adapter")
+    assert sources.model_class is type(model)
+    loaded = merged(sources.load())
+    assert type(loaded) is type(model)
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
+    assert f"was trained for the task {task}, but the model is a LlamaForCausalLM" in refused(
+        base, tmp_path / "adapter"
+    )
 
 
 def test_adapters_of_fused_experts_arrive(tmp_path):

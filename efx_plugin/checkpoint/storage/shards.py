@@ -64,9 +64,9 @@ def companions(source: Path) -> dict[str, Path]:
     return found
 
 
-def copy_companions(source: Path, destination: Path) -> None:
-    """Copy what lies beside the weights."""
-    for name, path in companions(source).items():
+def copy_companions(companions: Mapping[str, Path], destination: Path) -> None:
+    """Copy files and directories as they are, each to its name."""
+    for name, path in companions.items():
         if path.is_dir():
             shutil.copytree(path, destination / name)
         else:
