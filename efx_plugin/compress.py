@@ -1,6 +1,7 @@
 """From a model on disk to a pruned sparse checkpoint: what `efx prune` runs."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from efx_plugin.checkpoint import linear_bytes, save_sparse
 from efx_plugin.checkpoint.storage.atomic import refuse_existing
+from efx_plugin.engine.blocks import linears_outside_blocks
 from efx_plugin.engine.compute_dtype import choose_compute_dtype, convert, restore, stored_dtype
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import merge_adapters
@@ -68,6 +70,7 @@ def prune_to_checkpoint(
     logger.info(chosen.reason)
     tokenizer = sources.tokenizer()
     calibration = calibration_set(dataset, tokenizer, samples=samples, length=length)
+    _leave_alone(loaded_recipe, linears_outside_blocks(sources.skeleton))
     network = sources.load()
     dtypes = convert(network, chosen.dtype)
     if isinstance(network, PeftModel) and not all(
@@ -103,6 +106,18 @@ def prune_to_checkpoint(
     )
     sizes = linear_bytes(output)
     return {"output": str(output), "linear_bytes_dense": sizes["dense"], "linear_bytes_sparse": sizes["sparse"]}
+
+
+def _leave_alone(recipe: Recipe, layers: list[str]) -> None:
+    """Have every modifier ignore layers that text does not calibrate or that a few weights decide in."""
+    if layers:
+        logger.info(f"{len(layers)} linear layers outside the decoder blocks stay as they are, such as {layers[0]}")
+    for modifier in recipe.modifiers:
+        if hasattr(modifier, "ignore"):
+            ignored = modifier.ignore or []
+            # SparseGPT and Wanda put a full stop behind the names of layers that are targeted as "Linear".
+            names = [rf"re:{re.escape(layer)}\.?$" for layer in layers]
+            modifier.ignore = [*([ignored] if isinstance(ignored, str) else ignored), *names]
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -112,6 +112,24 @@ def _inside(
     return inside
 
 
+def linears_outside_blocks(model: nn.Module) -> list[str]:
+    """Linear layers that are no language model's: classification heads, vision towers, projectors.
+
+    Raises:
+        EfxError: no decoder blocks are found, or no linear layer in them.
+    """
+    inner = inner_model(model)
+    prefixes, head = tuple(name + "." for name in decoder_blocks(inner)), inner.get_output_embeddings()
+    layers = linear_layers(inner)
+    outside = [layer for layer in layers if not layer.name.startswith(prefixes)]
+    if len(outside) == len(layers):
+        raise EfxError(
+            f"{type(inner).__name__} has no torch.nn.Linear in its decoder blocks, so targets match no linear layer "
+            "(GPT-2 has Conv1D instead): such a model cannot be pruned here"
+        )
+    return [layer.name for layer in outside if layer.module is not head]
+
+
 def decoder_blocks(model: nn.Module, block_classes: str | list[str] | None = None) -> dict[str, nn.Module]:
     """The decoder blocks of a transformers model by name, in order; of a vision-language model those of its language
     model.
