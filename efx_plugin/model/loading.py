@@ -5,6 +5,7 @@ are put together from the names and shapes in the files' headers, by the code th
 fit is named within seconds, and nothing is dropped or made up.
 """
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -137,28 +139,29 @@ def inspect_sources(model: Path, adapter: Path | None, *, trust_remote_code: boo
     adapted = None if adapter is None else read_adapter(adapter, files.model_class.__name__, model)
     notices = [*files.notices, *(adapted.notices if adapted else ())]
     with _quiet():
-        skeleton, unexpected = _load_model(files, safetensors_file.on_meta(files.index), "auto")
+        plain, unexpected = _load_model(files, safetensors_file.on_meta(files.index), "auto")
         if unexpected:
             notices.append(
                 f"{len(unexpected)} tensors of {files.folder} belong to no part of {files.model_class.__name__} "
                 f"and are left out, the first of them {min(unexpected)}"
             )
-        vocabulary = None
+        skeleton: nn.Module = plain
+        vocabulary, rows = None, _rows(plain)
         if adapted is not None:
-            vocabulary = _resized_vocabulary(skeleton, adapted)
+            vocabulary = _resized_vocabulary(plain, adapted)
             if vocabulary is not None:
                 notices.append(
                     f"the adapter was trained on a vocabulary of {vocabulary} tokens, so the model's "
-                    f"{skeleton.get_input_embeddings().weight.shape[0]} become as many"
+                    f"{_rows(plain)} become as many"
                 )
-            skeleton = _add_adapter(skeleton, adapted, vocabulary, rehearsal=True)
+            skeleton = _add_adapter(plain, adapted, vocabulary, rehearsal=True)
+            rows = vocabulary or rows
     folder = next((one for one in (adapter, model) if one is not None and _has_tokenizer(one)), None)
     if folder is None:
         raise EfxError(
             f"{model} has no tokenizer{'' if adapter is None else f', nor has {adapter}'}: copy tokenizer.json and "
             "tokenizer_config.json of the base model there"
         )
-    rows = skeleton.get_input_embeddings().weight.shape[0]
     if (tokens := len(_read_tokenizer(folder, trust_remote_code))) > rows:
         if folder == adapter and _has_tokenizer(model) and len(_read_tokenizer(model, trust_remote_code)) < tokens:
             raise EfxError(
@@ -177,9 +180,10 @@ def _load_model(
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model, of `tensors` on the meta device or of its files, and the names in the files that it does not take."""
     name = files.model_class.__name__
-    where = {"device_map": "meta", "state_dict": tensors} if tensors is not None else {}
+    where: dict[str, Any] = {"device_map": "meta", "state_dict": tensors} if tensors is not None else {}
+    loaded: Any  # with output_loading_info a pair, which transformers' annotations leave out
     try:
-        model, info = files.model_class.from_pretrained(
+        loaded = files.model_class.from_pretrained(
             files.folder if tensors is None else None,
             config=deepcopy(files.config),
             dtype=dtype,
@@ -189,6 +193,7 @@ def _load_model(
         )
     except Exception as error:  # each family checks its sizes in its own way
         raise EfxError(f"transformers cannot make a {name} of {files.folder}: {one_line(error)}") from error
+    model, info = loaded
     if any(".lora_" in key or ".base_layer." in key for key in info["unexpected_keys"]):
         raise EfxError(
             f"{files.folder} was stored with its adapter unmerged: store what "
@@ -217,6 +222,7 @@ def _add_adapter(model: PreTrainedModel, adapter: AdapterFiles, vocabulary: int 
     """
     if vocabulary is not None:
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    result: Any
     try:
         adapted = PeftModel(model, deepcopy(adapter.config), low_cpu_mem_usage=rehearsal)
         tensors = dict(adapter.tensors) if rehearsal else load_peft_weights(str(adapter.folder), device="cpu")
@@ -247,7 +253,8 @@ def _add_adapter(model: PreTrainedModel, adapter: AdapterFiles, vocabulary: int 
             f"the adapter in {adapter.folder} cannot be merged ({one_line(error)}): train a plain LoRA adapter instead"
         ) from error
     if not any(isinstance(module, BaseTunerLayer) for module in adapted.modules()):
-        return adapted.unload()
+        plain: nn.Module = adapted.unload()
+        return plain
     return adapted.eval()
 
 
@@ -269,7 +276,7 @@ def _resized_vocabulary(model: PreTrainedModel, adapter: AdapterFiles) -> int | 
     Raises:
         EfxError: the adapter's tensors contradict each other, or rows that the model lacks are not among them.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = _rows(model)
     found: dict[int, str] = {}
     whole = set()
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -311,6 +318,12 @@ def _resized_vocabulary(model: PreTrainedModel, adapter: AdapterFiles) -> int | 
     return wanted
 
 
+def _rows(model: PreTrainedModel) -> int:
+    """Tokens that the model embeds."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
 
@@ -334,7 +347,7 @@ def _read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenize
 def _quiet() -> Iterator[None]:
     """transformers says nothing of the rehearsal: its findings become sentences here."""
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.set_verbosity(logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     try:
         yield

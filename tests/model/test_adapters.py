@@ -1,8 +1,9 @@
+import copy
 import math
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PromptTuningConfig, get_peft_model
 
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import (
@@ -150,3 +151,37 @@ def test_a_quantized_base_weight_is_refused():
     up.weight = torch.nn.Parameter(torch.zeros(up.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(EfxError, match=r"layers\.1\.mlp\.up_proj is quantized \(torch\.uint8, as in QLoRA\): load"):
         linear_layers(model)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["q_proj", "embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_merging_into_one_end_of_a_tied_model_leaves_the_other_alone(targets):
+    tied = tiny_llama(tie_word_embeddings=True)
+    model = get_peft_model(tied, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
+    tokens = torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        before = model(tokens).logits
+        merged = merge_adapters(model)
+        torch.testing.assert_close(merged(tokens).logits, before, rtol=1e-4, atol=1e-4)
+    assert merged.lm_head.weight is not merged.model.embed_tokens.weight
+    assert not merged.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"trainable_token_indices": [5, 6]}], ids=["DoRA", "tokens"])
+def test_masks_hold_after_merging_what_is_no_plain_lora(options):
+    model = adapted(**options)
+    masks = random_masks(tiny_llama())
+    with torch.no_grad():
+        plain = merge_adapters(copy.deepcopy(model)).state_dict()
+    merged = merge_adapters(model, masks).state_dict()
+    for name, mask in masks.items():
+        torch.testing.assert_close(merged[f"{name}.weight"], plain[f"{name}.weight"] * mask)
+
+
+def test_adapters_that_weights_cannot_take_in_are_not_merged():
+    for config, name in (
+        (AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"]), "ADALORA"),
+        (PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), "prompt tuning"),
+        (LoraConfig(target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]]), "layer_replication"),
+    ):
+        with pytest.raises(EfxError, match=name):
+            merge_adapters(get_peft_model(tiny_llama(), config))
