@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from efx_plugin.checkpoint import save_sparse
-from efx_plugin.checkpoint.formats.registry import PART_NAMES
+from efx_plugin.checkpoint.formats.registry import part_names
 from integration.serve_once import set_environment
 
 SERVE_ONCE = Path(__file__).with_name("serve_once.py")
@@ -108,7 +108,7 @@ def use_old_names(tensors: dict[str, torch.Tensor]) -> None:
     """Rename as compressed-tensors up to 0.8 did: `q_proj.compressed` was `q_proj.weight.compressed`."""
     for name in list(tensors):
         prefix, _, part = name.rpartition(".")
-        if part in PART_NAMES:
+        if part in part_names():
             tensors[f"{prefix}.weight.{part}"] = tensors.pop(name)
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efx_plugin.checkpoint import FORMATS
+from efx_plugin.checkpoint import find_format, format_names
 from efx_plugin.errors import EfxError, SparseCheckpointError
 from efx_plugin.kernels import sparse_linear
 from integration.serving_models import SCHEMES
@@ -102,7 +102,7 @@ def load(layer, tensors):
 
 def parts_of(weight, structure="sparse-bitmask", shard=None, scheme=None):
     if scheme is None:
-        return [(name, tensor, shard) for name, tensor in FORMATS[structure].compress(weight).items()]
+        return [(name, tensor, shard) for name, tensor in find_format(structure).compress(weight).items()]
     values, scale = quantize(weight)
     return [*parts_of(values, structure, shard), ("weight_scale", scale, shard)]
 
@@ -134,7 +134,7 @@ def assert_same_as_dense(make_layer, weights, structure, order, size, scheme=Non
         torch.testing.assert_close(sparse.quant_method.apply(sparse, x).double(), expected, rtol=2**-8, atol=1e-3)
 
 
-structures = st.sampled_from(sorted(FORMATS))
+structures = st.sampled_from(format_names())
 schemes = st.sampled_from([None, *SCHEMES])
 sizes = st.sampled_from([1, 2, 4])
 
@@ -351,7 +351,7 @@ def test_a_form_that_only_sparse_layers_have_is_refused_of_others():
 @pytest.mark.parametrize(
     ("sparsity", "more", "message"),
     [
-        ({"format": "sparse-8"}, {}, "'sparse-8'.*sparse-bitmask and sparse-24-bitmask only"),
+        ({"format": "sparse-8"}, {}, "'sparse-8'.*sparse-24-bitmask and sparse-bitmask only"),
         ({"targets": []}, {}, "targets in config.json is empty"),
         ({"targets": "Linear"}, {}, "targets in config.json must be a list"),
         ({"ignore": [3]}, {}, "ignore in config.json must be a list"),
@@ -366,9 +366,9 @@ def test_configurations_that_cannot_be_served_are_refused(sparsity, more, messag
         SparseCompressedTensorsConfig.from_config({"sparsity_config": config} | more)
 
 
-@pytest.mark.parametrize("structure", sorted(FORMATS))
+@pytest.mark.parametrize("structure", format_names())
 def test_missing_tensors_are_named(structure):
-    for missing in FORMATS[structure].layout(0, 0, 0, torch.bfloat16):
+    for missing in find_format(structure).layout(0, 0, 0, torch.bfloat16):
         layer = make_merged(make_config(structure))
         load(layer, parts_of(random_weight(12, 8), structure, 0))
         load(layer, [part for part in parts_of(random_weight(12, 8), structure, 1) if part[0] != missing])
@@ -412,7 +412,7 @@ def test_values_that_config_json_does_not_quantize_are_refused():
     values, _ = quantize(random_weight(8, 8))
     for dtype in (torch.int8, torch.float8_e4m3fn):
         layer = make_plain(make_config())
-        with pytest.raises(SparseCheckpointError, match=rf"down_proj.compressed holds quantized values \({dtype}\)"):
+        with pytest.raises(SparseCheckpointError, match=rf"down_proj holds quantized values \({dtype}\)"):
             load(layer, parts_of(values.to(dtype)))
 
 
@@ -420,7 +420,7 @@ def test_values_that_config_json_quantizes_otherwise_are_refused():
     weight = random_weight(8, 8)
     for dtype in (torch.bfloat16, torch.float8_e4m3fn):
         layer = make_plain(make_config(scheme="W8A16"))
-        with pytest.raises(SparseCheckpointError, match=rf"down_proj.compressed is of {dtype}, but .* int8 \(W8A16\)"):
+        with pytest.raises(SparseCheckpointError, match=rf"down_proj is of {dtype}, but .* int8 \(W8A16\)"):
             load(layer, [*parts_of(weight.to(dtype)), parts_of(weight, scheme="W8A16")[-1]])
 
 
@@ -439,10 +439,10 @@ def test_a_scale_that_is_missing_is_named():
         finish(layer)
 
 
-@pytest.mark.parametrize("structure", sorted(FORMATS))
+@pytest.mark.parametrize("structure", format_names())
 def test_corrupt_tensors_are_named(structure):
     def refuse(change):
-        parts = FORMATS[structure].compress(random_weight(8, 8))
+        parts = find_format(structure).compress(random_weight(8, 8))
         change(parts)
         layer = make_plain(make_config(structure))
         with pytest.raises(SparseCheckpointError, match=rf"{MLP}.down_proj\."):

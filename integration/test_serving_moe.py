@@ -2,7 +2,7 @@
 
 import pytest
 
-from efx_plugin.checkpoint import FORMATS
+from efx_plugin.checkpoint import find_format
 from efx_plugin.errors import SparseCheckpointError
 from integration.serving_models import assert_varied, engine, kernel, rewrite, save_tiny, serve
 
@@ -31,7 +31,7 @@ def test_experts_that_are_stored_sparse_are_refused(tmp_path):
 
     def compress(tensors):
         weight = tensors.pop(f"{name}.weight")
-        for part, tensor in FORMATS["sparse-bitmask"].compress(weight).items():
+        for part, tensor in find_format("sparse-bitmask").compress(weight).items():
             tensors[f"{name}.{part}"] = tensor
 
     sparse = rewrite(save_tiny(tmp_path, "Mixtral") / "sparse-bitmask", tmp_path / "sparse", compress)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from efx_plugin.checkpoint.formats.registry import PART_NAMES
+from efx_plugin.checkpoint.formats.registry import part_names
 from integration.serving_models import (
     ARCHITECTURES,
     PROMPTS,
@@ -85,7 +85,7 @@ def test_layers_in_ignore_are_dense(llama, llama_tokens, tmp_path):
     def store_dense(tensors):
         for name in ignored:
             tensors[f"{name}.weight"] = dense[f"{name}.weight"]
-            for part in PART_NAMES:
+            for part in part_names():
                 tensors.pop(f"{name}.{part}", None)
 
     mixed = rewrite(llama / "sparse-bitmask", tmp_path / "mixed", store_dense)

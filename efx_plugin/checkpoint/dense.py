@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from efx_plugin.checkpoint import model_weights, quantized, storage_plan
-from efx_plugin.checkpoint.config import GUARD_KEY
+from efx_plugin.checkpoint.config import GUARD_KEY, sparsity_of
 from efx_plugin.checkpoint.formats import pack_quantized
 from efx_plugin.checkpoint.formats.registry import find_format
 from efx_plugin.checkpoint.model_card import dense_card
-from efx_plugin.checkpoint.reader import check_fit, dense_shapes, expand_weight, group_parts, read_config, sparsity_of
+from efx_plugin.checkpoint.reader import check_fit, expand_weight, group_parts, read_config, read_dense_layout
 from efx_plugin.checkpoint.storage import atomic, safetensors_file, shards
 from efx_plugin.errors import EfxError
 
@@ -35,11 +35,12 @@ def export_dense(source: Path, directory: str | os.PathLike, *, max_shard_size: 
         SparseCheckpointError: a file of the source is missing or corrupt.
     """
     config = read_config(source)
-    if sparsity_of(config) is None:
-        raise EfxError(f"{source} is dense already; copy it.")
+    sparsity = sparsity_of(config)
+    if sparsity is None:
+        raise EfxError(f"{source} is dense already: copy it")
     skeleton = model_weights.skeleton(model_weights.read_model_config(source))
     check_fit(skeleton, source)
-    sparse = _expanded(source, sparsity_of(config).get("format"))
+    sparse = _expanded(source, find_format(sparsity["format"], "config.json").name)
     quantization = quantized.of_config(config, source)
     to_pack = frozenset()
     if quantization is not None:
@@ -66,14 +67,10 @@ def export_dense(source: Path, directory: str | os.PathLike, *, max_shard_size: 
     )
 
 
-def _expanded(directory: Path, format_name: object) -> storage_plan.Source:
+def _expanded(directory: Path, format_name: str) -> storage_plan.Source:
     """The tensors of a sparse checkpoint under their dense names, read one by one."""
-    find_format(format_name, "config.json")
     index = safetensors_file.read_index(directory)
     compressed = group_parts(index)
-    shapes = dense_shapes(directory)
-    dtypes = {name: stored.dtype for name, stored in index.items()}
-    dtypes |= {weight: index[parts["compressed"]].dtype for weight, parts in compressed.items()}
 
     def read(name: str) -> torch.Tensor:
         if name in compressed:
@@ -83,7 +80,7 @@ def _expanded(directory: Path, format_name: object) -> storage_plan.Source:
         storage_plan.check_finite(name, tensor)  # scales above all
         return tensor
 
-    return storage_plan.Source({name: (dtypes[name], shape) for name, shape in shapes.items()}, read)
+    return storage_plan.Source(read_dense_layout(directory), read)
 
 
 def _item(name: str, described: tuple[torch.dtype, tuple[int, ...]], pack: bool) -> storage_plan.Item:

@@ -3,9 +3,9 @@
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from types import ModuleType
 from typing import Any
 
+from efx_plugin.checkpoint.formats.protocol import Format
 from efx_plugin.checkpoint.storage_plan import Survey
 from efx_plugin.errors import EfxError
 
@@ -21,14 +21,14 @@ def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     metadata = dict(metadata or {})
     for key in metadata:
         if key not in _KEYS:
-            raise EfxError(f"metadata has the key {key!r}; the model card has room for {', '.join(_KEYS)}.")
+            raise EfxError(f"metadata has the key {key!r}: the model card has room for {', '.join(_KEYS)}")
     return metadata
 
 
 def model_card(
     title: str,
     metadata: Mapping[str, Any],
-    module: ModuleType,
+    form: Format,
     surveys: Mapping[str, Survey],
     sparse: frozenset[str],
     recipe: str | None,
@@ -39,7 +39,7 @@ def model_card(
     Args:
         title: name of the model.
         metadata: see `save_sparse`.
-        module: the format.
+        form: the format.
         surveys: every Linear weight.
         sparse: those of them that are stored in the format; the others are dense.
         recipe: text of the recipe that pruned the model.
@@ -55,13 +55,13 @@ def model_card(
             "---",
             f"# {title}",
             "",
-            f"Linear weights with zeros, stored as `{module.NAME}` ({module.STRUCTURE}) of compressed-tensors.",
+            f"Linear weights with zeros, stored as `{form.name}` ({form.structure}) of compressed-tensors.",
             *([] if quantization is None else [_quantized(quantization)]),
             "",
             *_facts(metadata),
             "| projection | matrices | sparsity | bytes dense | bytes here |",
             "|---|---|---|---|---|",
-            *_rows(module, surveys, sparse),
+            *_rows(form, surveys, sparse),
             "",
             *_figures(metadata.get("figures")),
             *(_USE if quantization is None else _USE_QUANTIZED),
@@ -147,7 +147,7 @@ def _facts(metadata: Mapping[str, Any]) -> list[str]:
     return [*facts, ""] if facts else []
 
 
-def _rows(module: ModuleType, surveys: Mapping[str, Survey], sparse: frozenset[str]) -> Iterable[str]:
+def _rows(form: Format, surveys: Mapping[str, Survey], sparse: frozenset[str]) -> Iterable[str]:
     kinds: dict[str, list[str]] = defaultdict(list)
     for name in surveys:
         kinds[name.removesuffix(".weight").rpartition(".")[2]].append(name)
@@ -155,7 +155,7 @@ def _rows(module: ModuleType, surveys: Mapping[str, Survey], sparse: frozenset[s
         found = [surveys[name] for name in names]
         zeros = 1 - sum(one.nonzeros for one in found) / sum(one.rows * one.columns for one in found)
         dense = sum(one.nbytes(None) for one in found)
-        here = sum(surveys[name].nbytes(module if name in sparse else None) for name in names)
+        here = sum(surveys[name].nbytes(form if name in sparse else None) for name in names)
         yield f"| {kind} | {len(names)} | {zeros:.1%} | {dense:,} | {here:,} |"
 
 

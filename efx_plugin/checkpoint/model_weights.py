@@ -56,7 +56,7 @@ def model_class(config: "PretrainedConfig") -> type["PreTrainedModel"]:
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise EfxError(
-            f"config.json names the architecture {name!r}, which transformers {transformers.__version__} lacks."
+            f"config.json names the architecture {name!r}, which transformers {transformers.__version__} lacks"
         )
     return cls
 
@@ -88,19 +88,19 @@ def refuse_unmerged(model: object) -> None:
     if hasattr(model, "peft_type") or (
         isinstance(model, torch.nn.Module) and any(hasattr(module, "base_layer") for module in model.modules())
     ):
-        raise EfxError("The model still carries an adapter; save what efx_plugin.merge_adapters(model) returns.")
+        raise EfxError("the model still carries an adapter: save what efx_plugin.merge_adapters(model) returns")
     if not isinstance(model, PreTrainedModel):
-        raise EfxError(f"save_sparse takes a transformers PreTrainedModel, not {type(model).__name__}.")
+        raise EfxError(f"save_sparse takes a transformers PreTrainedModel, not {type(model).__name__}")
     # So is llm-compressor, which calibrates experts one by one; transformers cannot load them back like that.
     if any(base.__name__ == "LinearExperts2D" for module in model.modules() for base in type(module).__mro__):
         raise EfxError(
-            "The model's experts are still taken apart as llm-compressor calibrates them; call "
-            "llmcompressor.modeling.moe.linearize.repack_moe(model) first."
+            "the model's experts are still taken apart as llm-compressor calibrates them: call "
+            "llmcompressor.modeling.moe.linearize.repack_moe(model) first"
         )
     by_compressed_tensors = any(hasattr(module, "quantization_scheme") for module in model.modules())
     if getattr(model.config, "quantization_config", None) is not None and not by_compressed_tensors:
         raise EfxError(
-            "The model is quantized, but not by llm-compressor; prune the original, with a recipe that quantizes too."
+            "the model is quantized, but not by llm-compressor: prune the original, with a recipe that quantizes too"
         )
 
 

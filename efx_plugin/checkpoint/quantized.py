@@ -54,17 +54,17 @@ def of_config(config: Mapping[str, Any], where: object) -> "QuantizationConfig |
     if not isinstance(described, dict) or not described.get("config_groups"):
         return None
     if described.get("transform_config"):
-        raise EfxError(f"{where} carries a transform_config, and rotated weights are not sparse; save it without one.")
+        raise EfxError(f"{where} carries a transform_config, and rotated weights are not sparse: save it without one")
     try:
         from compressed_tensors.quantization import QuantizationConfig
     except ImportError as error:
-        raise EfxError(f"{where} is quantized: pip install compressed-tensors, which knows how to read it.") from error
+        raise EfxError(f"{where} is quantized: pip install compressed-tensors, which knows how to read it") from error
     try:
         return QuantizationConfig.model_validate({**described, "quant_method": "compressed-tensors"})
     except (ValueError, KeyError, TypeError, NotImplementedError) as error:
         raise SparseCheckpointError(
             f"{where} is sparse and quantized, but compressed-tensors does not understand the config_groups of its "
-            f"config.json ({' '.join(str(error).split())[:200]}); export it again."
+            f"config.json ({' '.join(str(error).split())[:200]}): export it again"
         ) from error
 
 
@@ -80,10 +80,10 @@ def of_model(model: "PreTrainedModel") -> "QuantizationConfig | None":
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
 
     if getattr(model, "transform_config", None) is not None:
-        raise EfxError("The model is rotated (transform_config), and rotated weights are not sparse; prune without.")
+        raise EfxError("the model is rotated (transform_config), and rotated weights are not sparse: prune without")
     for name, module in model.named_modules():
         if _is_quantized(module) and module.quantization_status < QuantizationStatus.FROZEN:
-            raise EfxError(f"{name} is to be quantized, but its scales were never calibrated; run oneshot to its end.")
+            raise EfxError(f"{name} is to be quantized, but its scales were never calibrated: run oneshot to its end")
     config = copy.deepcopy(QuantizationConfig.from_pretrained(model))
     for scheme in config.config_groups.values():
         scheme.format = scheme.format or infer_module_format(torch.nn.Linear, scheme)
@@ -192,8 +192,8 @@ def schemes_of(
         )
         if scheme is None:
             raise SparseCheckpointError(
-                f"{where} holds {name}.weight_scale, but no config group of its config.json quantizes {name}; "
-                "export it again."
+                f"{where} holds {name}.weight_scale, but no config group of its config.json quantizes {name}: "
+                "export it again"
             )
         found[name] = scheme
     return found
@@ -227,7 +227,7 @@ def dequantize(
             state = {key: tensors[f"{prefix}.{key}"] for key in _WEIGHT if f"{prefix}.{key}" in tensors}
             plain[name] = _dequantize(state, schemes[prefix], config, f"{where}: {prefix}")
         elif tensor.dtype.itemsize == 1:
-            raise SparseCheckpointError(f"{where}: {prefix}.weight_scale is missing; download or export it again.")
+            raise SparseCheckpointError(f"{where}: {prefix}.weight_scale is missing: download or export it again")
         else:
             plain[name] = tensor
     return plain
@@ -245,20 +245,18 @@ def _byte_format(scheme: "QuantizationScheme", config: "QuantizationConfig", whe
     name, weights = _format(scheme, config), scheme.weights
     if not weights.symmetric:
         raise EfxError(
-            f"{where} is quantized asymmetrically, so that its zeros are stored as the zero point; "
-            "quantize the weights with symmetric: true."
+            f"{where} is quantized asymmetrically, so that its zeros are stored as the zero point: "
+            "quantize the weights with symmetric: true"
         )
     if name in BYTE_FORMATS:
         return name
     if name == pack_quantized.NAME and weights.num_bits == 8:
         return "int-quantized"
     if name == "dense":
-        raise EfxError(
-            f"{where} holds its weights as they were before quantization; save it with save_compressed=True."
-        )
+        raise EfxError(f"{where} holds its weights as they were before quantization: save it with save_compressed=True")
     raise EfxError(
-        f"{where} is quantized to {weights.num_bits} bits as {name}, which leaves a sparse format nothing to gain; "
-        "quantize to 8 bits (W8A8, W8A16 or FP8), or keep the checkpoint as it is."
+        f"{where} is quantized to {weights.num_bits} bits as {name}, which leaves a sparse format nothing to gain: "
+        "quantize to 8 bits (W8A8, W8A16 or FP8), or keep the checkpoint as it is"
     )
 
 
@@ -291,11 +289,11 @@ def _dequantize(
     if _format(scheme, config) not in BYTE_FORMATS:
         raise SparseCheckpointError(
             f"{where}.weight is {_format(scheme, config)} by config.json, but these are stored sparsely: "
-            f"{', '.join(BYTE_FORMATS)}."
+            f"{', '.join(BYTE_FORMATS)}"
         )
     if weight.dtype != arguments.pytorch_dtype():
         raise SparseCheckpointError(
-            f"{where}.weight is {weight.dtype}, but config.json makes it {arguments.pytorch_dtype()}; export it again."
+            f"{where}.weight is {weight.dtype}, but config.json makes it {arguments.pytorch_dtype()}: export it again"
         )
     # Scales are multiplied as they come, and one of another shape would be stretched to something else, however large.
     shapes = _scale_shapes(tuple(weight.shape), arguments)
@@ -303,12 +301,12 @@ def _dequantize(
         if name in state and tuple(state[name].shape) not in shapes:
             raise SparseCheckpointError(
                 f"{where}.{name} is {list(state[name].shape)}, but quantization per {_strategy(arguments)} of "
-                f"{list(weight.shape)} takes {list(shapes[0])}; download or export it again."
+                f"{list(weight.shape)} takes {list(shapes[0])}: download or export it again"
             )
     if not scale.is_floating_point() or not storage_plan.is_finite(scale):
-        raise SparseCheckpointError(f"{where}.weight_scale holds no finite numbers; download or export it again.")
+        raise SparseCheckpointError(f"{where}.weight_scale holds no finite numbers: download or export it again")
     if not arguments.symmetric and "weight_zero_point" not in state:
-        raise SparseCheckpointError(f"{where}.weight_zero_point is missing; download or export it again.")
+        raise SparseCheckpointError(f"{where}.weight_zero_point is missing: download or export it again")
     return NaiveQuantizationCompressor.decompress(state, scheme)["weight"]
 
 

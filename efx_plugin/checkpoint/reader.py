@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from efx_plugin.checkpoint import model_weights, quantized
-from efx_plugin.checkpoint.formats.registry import PART_NAMES, decompress, dense_shape, find_format
+from efx_plugin.checkpoint.config import sparsity_of
+from efx_plugin.checkpoint.formats.protocol import SHAPE, Layout
+from efx_plugin.checkpoint.formats.registry import decompress, dense_layout, find_format, part_names
 from efx_plugin.checkpoint.storage import safetensors_file
 from efx_plugin.errors import SparseCheckpointError
 
@@ -26,7 +28,7 @@ def read_sparsity_config(directory: str | os.PathLike) -> dict[str, Any]:
     sparsity = sparsity_of(config)
     if sparsity is None:
         raise SparseCheckpointError(
-            f"{Path(directory) / 'config.json'} has no sparsity_config: load this dense checkpoint with transformers."
+            f"{Path(directory) / 'config.json'} has no sparsity_config: load this dense checkpoint with transformers"
         )
     find_format(sparsity.get("format"), "config.json")
     return sparsity
@@ -40,15 +42,8 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise SparseCheckpointError(f"{path} does not exist; is this a checkpoint?")
+        raise SparseCheckpointError(f"{path} does not exist: is this a checkpoint?")
     return safetensors_file.parse_json(path, path.read_bytes())
-
-
-def sparsity_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The `sparsity_config` inside a config.json, or None."""
-    quantization = config.get("quantization_config")
-    sparsity = quantization.get("sparsity_config") if isinstance(quantization, dict) else None
-    return sparsity if isinstance(sparsity, dict) and sparsity else None
 
 
 def group_parts(index: Mapping[str, safetensors_file.StoredTensor]) -> dict[str, dict[str, str]]:
@@ -61,16 +56,17 @@ def group_parts(index: Mapping[str, safetensors_file.StoredTensor]) -> dict[str,
         SparseCheckpointError: a weight is stored more than once.
     """
     weights: dict[str, dict[str, str]] = {}
+    known = part_names()
     for name, stored in index.items():
         prefix, _, part = name.rpartition(".")
-        if part not in PART_NAMES:
+        if part not in known:
             continue
         weight = prefix if prefix.endswith((".weight", ".bias")) else f"{prefix}.weight"
         parts = weights.setdefault(weight, {})
         twin = parts.get(part) or (weight if weight in index else None)
         if twin is not None:
             raise SparseCheckpointError(
-                f"{stored.file}: {name} and {twin} store the same weight; only one can be right."
+                f"{stored.file}: {name} and {twin} store the same weight: only one can be right"
             )
         parts[part] = name
     return weights
@@ -116,44 +112,42 @@ def expand_weight(
     return decompress(format_name, tensors, where=describe(index, parts))
 
 
-def dense_shapes(directory: str | os.PathLike) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor under its dense name, from headers and the declared shapes alone.
+def read_dense_layout(directory: str | os.PathLike[str]) -> Layout:
+    """Dtype and shape of every tensor under its dense name, from headers and the declared shapes alone.
 
     Raises:
-        SparseCheckpointError: the directory is no sparse checkpoint, or a declared shape disagrees with its bitmask.
+        SparseCheckpointError: the directory is no sparse checkpoint, or a declared shape disagrees with its parts.
     """
     format_name = read_sparsity_config(directory)["format"]
     index = safetensors_file.read_index(directory)
-    shapes = {name: stored.shape for name, stored in index.items()}
+    layout: Layout = {name: (stored.dtype, stored.shape) for name, stored in index.items()}
     for weight, parts in group_parts(index).items():
         tensors = {part: _stand_in(directory, part, index[name]) for part, name in parts.items()}
-        shapes[weight] = dense_shape(format_name, tensors, where=describe(index, parts))
+        described = dense_layout(format_name, tensors, where=describe(index, parts))
         for name in parts.values():
-            del shapes[name]
-    return shapes
+            del layout[name]
+        layout[weight] = described
+    return layout
 
 
-def _stand_in(directory: str | os.PathLike, part: str, stored: safetensors_file.StoredTensor) -> torch.Tensor:
-    if part == "shape":
+def _stand_in(directory: str | os.PathLike[str], part: str, stored: safetensors_file.StoredTensor) -> torch.Tensor:
+    if part == SHAPE:
         return safetensors_file.read_tensor(directory, stored)
     return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
 
 
-def linear_bytes(directory: str | os.PathLike) -> dict[str, int]:
-    """Bytes of the compressed weights: `sparse` as they lie on disk (values, masks, offsets and shapes), `dense` as
-    they would in their own dtype, which is that of a byte if they are quantized. Scales are in neither.
+def linear_bytes(directory: str | os.PathLike[str]) -> dict[str, int]:
+    """Bytes of the compressed weights: `sparse` as they lie on disk, with all their parts, `dense` as they would in
+    their own dtype, which is that of a byte if they are quantized. Scales are in neither.
 
     Raises:
-        SparseCheckpointError: the directory is no sparse checkpoint, or a declared shape disagrees with its bitmask.
+        SparseCheckpointError: the directory is no sparse checkpoint, or a declared shape disagrees with its parts.
     """
-    shapes = dense_shapes(directory)
+    layout = read_dense_layout(directory)
     index = safetensors_file.read_index(directory)
     compressed = group_parts(index)
     return {
-        "dense": sum(
-            safetensors_file.nbytes(index[parts["compressed"]].dtype, shapes[weight])
-            for weight, parts in compressed.items()
-        ),
+        "dense": sum(safetensors_file.nbytes(*layout[weight]) for weight in compressed),
         "sparse": sum(index[name].nbytes for parts in compressed.values() for name in parts.values()),
     }
 
@@ -169,14 +163,14 @@ def check_fit(model: "PreTrainedModel", directory: str | os.PathLike) -> None:
     # The base model is loaded from the checkpoint of a whole one too, and the other way round.
     prefix = f"{model.base_model_prefix}."
     is_base = model.base_model is model
-    shapes = {name.removeprefix(prefix): shape for name, shape in dense_shapes(directory).items()}
+    shapes = {name.removeprefix(prefix): shape for name, (_, shape) in read_dense_layout(directory).items()}
     for name, parameter in model_weights.on_disk(model, dict(model.named_parameters())).items():
         stored = shapes.get(name.removeprefix(prefix))
         if stored is None and (is_base or name.startswith(prefix)):
-            raise SparseCheckpointError(f"{directory} has no {name}; download or export it again.")
+            raise SparseCheckpointError(f"{directory} has no {name}: download or export it again")
         if stored is not None and stored != tuple(parameter.shape):
             raise SparseCheckpointError(
-                f"{directory} holds {name} as {list(stored)}, but its config.json makes it {list(parameter.shape)}."
+                f"{directory} holds {name} as {list(stored)}, but its config.json makes it {list(parameter.shape)}"
             )
 
 
@@ -214,9 +208,7 @@ def load_sparse(directory: str | os.PathLike) -> "PreTrainedModel":
     )
     for verb, problem in (("lacks", "missing_keys"), ("holds, without a place in the model,", "unexpected_keys")):
         if report[problem]:
-            raise SparseCheckpointError(
-                f"{directory} {verb} {', '.join(sorted(report[problem])[:3])}; export it again."
-            )
+            raise SparseCheckpointError(f"{directory} {verb} {', '.join(sorted(report[problem])[:3])}: export it again")
     if (directory / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     model.config._name_or_path = str(directory)

@@ -2,15 +2,13 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
 from efx_plugin.checkpoint.codec import bits
-from efx_plugin.checkpoint.formats import sparse_24_bitmask, sparse_bitmask
-from efx_plugin.checkpoint.formats.registry import FORMATS
-from efx_plugin.checkpoint.formats.validate import Layout
+from efx_plugin.checkpoint.formats import registry
+from efx_plugin.checkpoint.formats.protocol import Format, Layout
 from efx_plugin.checkpoint.storage import safetensors_file
 from efx_plugin.errors import EfxError
 
@@ -31,14 +29,18 @@ class Survey(NamedTuple):
     columns: int
     dtype: torch.dtype
     nonzeros: int
-    is_24: bool  # at most two non-zeros in each aligned four of a row
+    fitting: frozenset[str]  # names of the formats that can store it
 
-    def nbytes(self, module: ModuleType | None) -> int:
+    def nbytes(self, form: Format | None) -> int:
         """Bytes on disk in that format, or dense."""
-        if module is None:
+        if form is None:
             return safetensors_file.nbytes(self.dtype, (self.rows, self.columns))
-        layout = module.layout(self.rows, self.columns, self.nonzeros, self.dtype)
+        layout = form.layout(self.rows, self.columns, self.nonzeros, self.dtype)
         return sum(safetensors_file.nbytes(*tensor) for tensor in layout.values())
+
+    def gains(self, form: Format) -> bool:
+        """Whether the format can store the weight and makes it smaller."""
+        return form.name in self.fitting and self.nbytes(form) < self.nbytes(None)
 
 
 class Item(NamedTuple):
@@ -61,56 +63,64 @@ def survey(source: Source, name: str, is_linear: bool) -> Survey | None:
     """
     dtype, _ = source.layout[name]
     if not safetensors_file.is_storable(dtype):
-        raise EfxError(f"{name} is of {dtype}, which safetensors cannot store.")
+        raise EfxError(f"{name} is of {dtype}, which safetensors cannot store")
     weight = source.read(name)
     check_finite(name, weight)
     if not is_linear:
         return None
     mask = bits.nonzero_mask(weight)
     rows, columns = weight.shape
-    return Survey(rows, columns, dtype, int(bits.row_counts(mask).sum()), sparse_24_bitmask.fits(mask, columns))
+    fitting = frozenset(form.name for form in registry.FORMATS if form.fits(mask, columns))
+    return Survey(rows, columns, dtype, int(bits.row_counts(mask).sum()), fitting)
 
 
-def choose(structure: str, surveys: Mapping[str, Survey]) -> tuple[ModuleType, frozenset[str]]:
+def choose(structure: str, surveys: Mapping[str, Survey]) -> tuple[Format, frozenset[str]]:
     """The format, and which Linear weights to store in it: those that it makes smaller, and their `_fellows`.
 
     Args:
-        structure: the name of a format, or "auto": sparse-24-bitmask if every weight with enough zeros to be worth
-            compressing is 2:4 sparse, else sparse-bitmask.
+        structure: the name of a format, or "auto": the first of the registry that makes every sparse weight smaller,
+            or if none does, the one that saves most bytes. Sparse is what at least one format makes smaller.
         surveys: name -> survey of every Linear weight.
 
     Raises:
-        EfxError: nothing is sparse, or 2:4 is asked for and a sparse weight is not.
+        EfxError: no weight is sparse, or one does not fit the format that is asked for.
     """
-    sparse = frozenset(name for name, found in surveys.items() if found.nbytes(sparse_bitmask) < found.nbytes(None))
-    sparse_24 = frozenset(
-        name for name, found in surveys.items() if found.is_24 and found.nbytes(sparse_24_bitmask) < found.nbytes(None)
-    )
-    if not sparse | sparse_24:
-        raise EfxError("No Linear weight has enough zeros to be stored sparsely; prune the model before saving it.")
-    others = sorted(sparse - sparse_24)
-    if structure == sparse_bitmask.NAME or (structure == "auto" and others):
-        return sparse_bitmask, _fellows(sparse, surveys)
-    if others:
-        raise EfxError(
-            f"{others[0]} is not 2:4 sparse and would lose weights as {sparse_24_bitmask.NAME}; "
-            'use structure="auto" or prune to 2:4.'
-        )
-    return sparse_24_bitmask, sparse_24
+    gaining = {
+        form.name: frozenset(name for name, found in surveys.items() if found.gains(form)) for form in registry.FORMATS
+    }
+    sparse = frozenset().union(*gaining.values())
+    if not sparse:
+        raise EfxError("no Linear weight has enough zeros to be stored sparsely: prune the model before saving it")
+    if structure == "auto":
+
+        def saved(form: Format) -> int:
+            return sum(surveys[name].nbytes(None) - surveys[name].nbytes(form) for name in gaining[form.name])
+
+        covering = [form for form in registry.FORMATS if gaining[form.name] == sparse]
+        form = covering[0] if covering else max(registry.FORMATS, key=saved)
+    else:
+        form = registry.find_format(structure, "structure")
+        for name in sorted(sparse):
+            if form.name not in surveys[name].fitting:
+                raise EfxError(
+                    f"{name} is not {form.structure} sparse and would lose weights as {form.name}: use "
+                    f'structure="auto" or prune to {form.structure}'
+                )
+    return form, _with_fellows(gaining[form.name], surveys, form)
 
 
-def _fellows(sparse: frozenset[str], surveys: Mapping[str, Survey]) -> frozenset[str]:
-    """`sparse` and the Linear weights that share module and input width with one of them.
+def _with_fellows(names: frozenset[str], surveys: Mapping[str, Survey], form: Format) -> frozenset[str]:
+    """`names` and the weights beside them that share module and input width with one of them and fit the format.
 
-    Serving hosts fuse such layers (q, k and v; gate and up) and take them all sparse or none. One that lost hardly a
-    weight grows by the 1/16 of its bitmask.
+    Serving hosts fuse such layers (q, k and v; gate and up) and take them all sparse or none. A weight with hardly any
+    zeros grows by its mask, 1/16 of its size in bfloat16.
     """
 
     def kin(name: str) -> tuple[str, int]:
         return name.removesuffix(".weight").rpartition(".")[0], surveys[name].columns
 
-    groups = {kin(name) for name in sparse}
-    return frozenset(name for name in surveys if kin(name) in groups)
+    groups = {kin(name) for name in names}
+    return frozenset(name for name, found in surveys.items() if kin(name) in groups and form.name in found.fitting)
 
 
 def check_structure(structure: str) -> None:
@@ -119,11 +129,12 @@ def check_structure(structure: str) -> None:
     Raises:
         EfxError: naming those it does.
     """
-    if structure not in ("auto", *FORMATS):
-        raise EfxError(f"structure is {structure!r}; it can be auto, {', '.join(FORMATS)}.")
+    names = registry.format_names()
+    if structure not in ("auto", *names):
+        raise EfxError(f"structure is {structure!r}: it can be auto, {', '.join(names)}")
 
 
-def make_items(layout: Layout, surveys: Mapping[str, Survey], module: ModuleType, sparse: Iterable[str]) -> list[Item]:
+def make_items(layout: Layout, surveys: Mapping[str, Survey], form: Format, sparse: Iterable[str]) -> list[Item]:
     """How every weight of the source is stored, in its order."""
     items = []
     for name, described in layout.items():
@@ -131,8 +142,8 @@ def make_items(layout: Layout, surveys: Mapping[str, Survey], module: ModuleType
             items.append(Item(name, None, {name: described}))
             continue
         prefix, found = name.removesuffix(".weight"), surveys[name]
-        parts = module.layout(found.rows, found.columns, found.nonzeros, found.dtype)
-        items.append(Item(name, module.compress, {f"{prefix}.{part}": described for part, described in parts.items()}))
+        parts = form.layout(found.rows, found.columns, found.nonzeros, found.dtype)
+        items.append(Item(name, form.compress, {f"{prefix}.{part}": described for part, described in parts.items()}))
     return items
 
 
@@ -159,7 +170,7 @@ def parse_size(size: int | str) -> int:
         match = re.fullmatch(r"(\d+)\s*([KMG]I?B)", size.strip().upper())
         size = int(match[1]) * _UNITS[match[2]] if match else 0
     if size <= 0:
-        raise EfxError('max_shard_size must be a positive number of bytes or a size like "5GB".')
+        raise EfxError('max_shard_size must be a positive number of bytes or a size like "5GB"')
     return size
 
 
@@ -171,7 +182,7 @@ def check_finite(name: str, weight: torch.Tensor) -> None:
     """
     if not is_finite(weight):
         raise EfxError(
-            f"{name} holds NaN or infinity: the model was damaged in training or pruning, go back to one that was not."
+            f"{name} holds NaN or infinity: the model was damaged in training or pruning, go back to one that was not"
         )
 
 

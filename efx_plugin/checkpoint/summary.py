@@ -1,5 +1,6 @@
 """What is in a sparse checkpoint: sizes, sparsity by layer and projection, 2:4 compliance, whether it is sound."""
 
+import math
 import os
 import re
 from collections import defaultdict
@@ -8,14 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from efx_plugin.checkpoint.reader import dense_shapes, expand, group_parts, read_sparsity_config
+from efx_plugin.checkpoint.codec import bits
+from efx_plugin.checkpoint.reader import expand_weight, group_parts, read_dense_layout, read_sparsity_config
 from efx_plugin.checkpoint.storage import checksums, safetensors_file
+from efx_plugin.checkpoint.storage.prefetch import map_ahead
 from efx_plugin.errors import SparseCheckpointError
-
-# Two bits set at most, by the value of four bits of a mask.
-_TWO_OF_FOUR = np.array([bin(nibble).count("1") <= 2 for nibble in range(16)])
 
 
 @dataclass(frozen=True)
@@ -85,44 +83,45 @@ class Summary:
         }
 
 
-def summarize(directory: str | os.PathLike, *, verify: bool = False) -> Summary:
-    """Look into a sparse checkpoint; headers, shapes and masks are read, values only to verify them.
+def summarize(directory: str | os.PathLike[str], *, verify: bool = False) -> Summary:
+    """Look into a sparse checkpoint: every compressed weight is read, checked and expanded, and its zeros are counted.
+
+    Zeros that a format stores, as sparse-24-bitmask does where four weights have fewer than two non-zeros, are zeros.
 
     Args:
         directory: a local sparse checkpoint.
-        verify: read everything: expand each weight with all its checks, and compare checksums.
+        verify: read the other tensors and compare checksums as well.
 
     Raises:
         SparseCheckpointError: anything that was looked at is missing, corrupt or inconsistent.
     """
     directory = Path(directory)
     format_name = read_sparsity_config(directory)["format"]
-    shapes = dense_shapes(directory)
+    layout = read_dense_layout(directory)
     index = safetensors_file.read_index(directory)
-    weights, dtype = [], None
-    bytes_dense = sum(stored.nbytes for stored in index.values())
-    for name, parts in group_parts(index).items():
-        values = index[parts["compressed"]]
-        dtype = values.dtype
-        rows, columns = (1, *shapes[name])[-2:]
-        size = rows * columns
-        nonzeros = values.nbytes // dtype.itemsize
-        mask = safetensors_file.read_tensor(directory, index[parts["bitmask"]]).numpy().reshape(rows, -1)
-        two_of_four = bool(_TWO_OF_FOUR[mask & 15].all() and _TWO_OF_FOUR[mask >> 4].all())
+    compressed = group_parts(index)
+    if not compressed:
+        raise SparseCheckpointError(f"{directory} says that it is {format_name}, but no weight in it is compressed")
+
+    def look(name: str) -> CompressedWeight:
+        weight = expand_weight(directory, index, compressed[name], format_name)
+        mask = bits.nonzero_mask(weight.reshape(-1, weight.shape[-1]))
+        nonzeros = int(bits.row_counts(mask).sum())
         layer, projection = _place(name.removesuffix(".weight"))
-        weights.append(CompressedWeight(name, layer, projection, size, size - nonzeros, two_of_four))
-        bytes_dense += size * dtype.itemsize - sum(index[part].nbytes for part in parts.values())
-    if not weights:
-        raise SparseCheckpointError(f"{directory} says that it is {format_name}, but no weight in it is compressed.")
+        is_24 = bits.is_24(mask, weight.shape[-1])
+        return CompressedWeight(name, layer, projection, weight.numel(), weight.numel() - nonzeros, is_24)
+
+    weights = list(map_ahead(look, compressed))
     if verify:
-        for _ in expand(directory):
-            pass
+        for name in layout.keys() - compressed.keys():
+            safetensors_file.read_tensor(directory, index[name])
+    dtype, _ = layout[weights[0].name]
     return Summary(
         directory=str(directory),
         format=format_name,
         dtype=str(dtype).removeprefix("torch."),
-        parameters=sum(int(np.prod(shape)) for shape in shapes.values()),
-        bytes_dense=bytes_dense,
+        parameters=sum(math.prod(shape) for _, shape in layout.values()),
+        bytes_dense=sum(safetensors_file.nbytes(*described) for described in layout.values()),
         bytes_on_disk=sum(stored.nbytes for stored in index.values()),
         weights=sorted(weights, key=lambda weight: (weight.layer is None, weight.layer, weight.projection)),
         checksums=checksums.check(directory) if verify else checksums.status(directory),

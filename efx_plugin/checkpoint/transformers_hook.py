@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
 from efx_plugin.checkpoint.config import GUARD_KEY
-from efx_plugin.checkpoint.formats.registry import decompress, find_format
+from efx_plugin.checkpoint.formats.registry import decompress, find_format, part_dtypes
 from efx_plugin.checkpoint.reader import check_fit
 from efx_plugin.errors import EfxError, SparseCheckpointError
 
@@ -49,8 +49,8 @@ class _CompressedTensorsConfig(CompressedTensorsConfig):
             return CompressedTensorsConfig.from_dict(config_dict, **kwargs)
         if config_dict.get("config_groups"):
             raise EfxError(
-                "The checkpoint is sparse and quantized, which from_pretrained does not expand; "
-                "use efx_plugin.load_sparse, which returns the same plain model."
+                "the checkpoint is sparse and quantized, which from_pretrained does not expand: "
+                "use efx_plugin.load_sparse, which returns the same plain model"
             )
         find_format(config_dict["sparsity_config"].get("format"), "config.json")
         return SparseConfig.from_dict(config_dict, **kwargs)
@@ -107,7 +107,7 @@ class _Expand(ConversionOps):
     def __init__(self, format_name: str) -> None:
         self.format_name = format_name
         self.error: SparseCheckpointError | None = None
-        names = find_format(format_name, "config.json").layout(0, 0, 0, torch.float32)
+        names = part_dtypes(find_format(format_name, "config.json"), torch.float32)
         # Pattern of a tensor's name -> part, by what the dense parameter is called.
         self.patterns = {
             "bias": {rf"\.bias\.{part}$": part for part in names},

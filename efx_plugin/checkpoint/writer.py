@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from efx_plugin.checkpoint import dense, model_weights, quantized, storage_plan
-from efx_plugin.checkpoint.config import sparse_config
+from efx_plugin.checkpoint.config import sparse_config, sparsity_of
 from efx_plugin.checkpoint.model_card import check_metadata, model_card
-from efx_plugin.checkpoint.reader import read_config, sparsity_of
+from efx_plugin.checkpoint.reader import read_config
 from efx_plugin.checkpoint.storage import atomic, safetensors_file, shards
 from efx_plugin.checkpoint.storage.prefetch import map_ahead
 from efx_plugin.errors import EfxError
@@ -65,7 +65,7 @@ def save_sparse(
     recipe_text = _read_recipe(recipe)
     for name, tensor in model.state_dict().items():
         if tensor.is_meta:
-            raise EfxError(f"{name} is on the meta device; load or dispatch the whole model before saving it.")
+            raise EfxError(f"{name} is on the meta device: load or dispatch the whole model before saving it")
     quantization = quantized.of_model(model)
     described = None if quantization is None else quantized.stored_config(quantization, "The model")
     state = model_weights.on_disk(model, model.state_dict() if quantization is None else quantized.state_of(model))
@@ -187,8 +187,8 @@ def _write(
             bar.update(size[name])
             if found is not None:
                 surveys[name] = found
-    module, sparse = storage_plan.choose(structure, surveys)
-    items = storage_plan.make_items(source.layout, surveys, module, sparse)
+    form, sparse = storage_plan.choose(structure, surveys)
+    items = storage_plan.make_items(source.layout, surveys, form, sparse)
     needed = sum(item.nbytes for item in items)
     zeros = 1 - sum(surveys[name].nonzeros for name in sparse) / sum(
         surveys[name].rows * surveys[name].columns for name in sparse
@@ -198,10 +198,10 @@ def _write(
     with atomic.new_directory(directory, needed) as destination:
         with shards.progress_bar("writing", needed, progress) as bar:
             shards.write_shards(destination, source, storage_plan.make_shards(items, max_shard_size), bar.update)
-        described = sparse_config(config, module, ignore, zeros, quantization)
+        described = sparse_config(config, form, ignore, zeros, quantization)
         shards.write_json(destination / "config.json", described)
         extras(destination)
-        card = model_card(Path(directory).name, metadata, module, surveys, sparse, recipe, quantization)
+        card = model_card(Path(directory).name, metadata, form, surveys, sparse, recipe, quantization)
         (destination / "README.md").write_text(card)
 
 
@@ -218,17 +218,17 @@ def _config_of(model: "PreTrainedModel") -> dict[str, Any]:
 def _read_source_config(source: Path) -> dict[str, Any]:
     if (source / "adapter_config.json").is_file():
         raise EfxError(
-            f"{source} is an adapter; merge it with efx_plugin.merge_adapters(model) and save the merged model."
+            f"{source} is an adapter: merge it with efx_plugin.merge_adapters(model) and save the merged model"
         )
     config = read_config(source)
     if sparsity_of(config) is not None:
-        raise EfxError(f'{source} is stored sparsely already; structure="dense" takes the sparse compression off.')
+        raise EfxError(f'{source} is stored sparsely already: structure="dense" takes the sparse compression off')
     quantization = config.get("quantization_config")
     if quantization is not None and (
         quantization.get("quant_method") != "compressed-tensors" or not quantization.get("config_groups")
     ):
         raise EfxError(
-            f"{source} is quantized, but not by llm-compressor; prune the original, with a recipe that quantizes too."
+            f"{source} is quantized, but not by llm-compressor: prune the original, with a recipe that quantizes too"
         )
     return config
 
@@ -258,7 +258,7 @@ def _read_recipe(recipe: str | os.PathLike | None) -> str | None:
     try:
         return Path(recipe).read_text()
     except OSError as error:
-        raise EfxError(f"The recipe {recipe} cannot be read: {error.strerror}.") from error
+        raise EfxError(f"the recipe {recipe} cannot be read: {error.strerror}") from error
 
 
 def _public_name(model: str | os.PathLike) -> str:

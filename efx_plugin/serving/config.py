@@ -12,8 +12,8 @@ from vllm.model_executor.layers.quantization.compressed_tensors.utils import fin
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
 
-from efx_plugin.checkpoint import FORMATS
-from efx_plugin.checkpoint.formats.registry import PART_NAMES
+from efx_plugin.checkpoint.config import sparsity_in
+from efx_plugin.checkpoint.formats.registry import format_names, part_names
 from efx_plugin.errors import EfxError
 from efx_plugin.serving.linear_method import SparseLinearMethod
 from efx_plugin.serving.quantized import int8_scheme, readable_by_vllm, refuse_unpacked, restore_formats
@@ -41,8 +41,8 @@ class SparseCompressedTensorsConfig(CompressedTensorsConfig):
         Raises:
             EfxError: the sparsity is of a kind that cannot be served.
         """
-        sparsity = config.get("sparsity_config") or {}
-        if sparsity.get("format", "dense") == "dense":  # nothing is stored sparse: vLLM decides
+        sparsity = sparsity_in(config)
+        if sparsity is None:  # nothing is stored sparse: vLLM decides
             return super().from_config(config)
         _check_servable(config)
         self = super().from_config(readable_by_vllm(config))
@@ -91,7 +91,7 @@ class SparseCompressedTensorsConfig(CompressedTensorsConfig):
     @staticmethod
     def get_checkpoint_weight_mapper() -> WeightsMapper:
         """compressed-tensors up to 0.8 named its tensors `weight.compressed`, later releases `compressed`."""
-        old_names = {f".weight.{part}": f".{part}" for part in PART_NAMES}
+        old_names = {f".weight.{part}": f".{part}" for part in part_names()}
         return CompressedTensorsConfig.get_checkpoint_weight_mapper() | WeightsMapper(orig_to_new_suffix=old_names)
 
     def _shard_names(self, prefix: str) -> list[str]:
@@ -118,10 +118,10 @@ class SparseCompressedTensorsConfig(CompressedTensorsConfig):
 
 def _check_servable(config: dict[str, Any]) -> None:
     sparsity = config["sparsity_config"]
-    if sparsity["format"] not in FORMATS:
+    if sparsity["format"] not in format_names():
         raise EfxError(
-            f"sparsity_config.format is {sparsity['format']!r}, but efx-plugin serves {' and '.join(FORMATS)} only: "
-            "export the model again in one of these"
+            f"sparsity_config.format is {sparsity['format']!r}, but efx-plugin serves {' and '.join(format_names())} "
+            "only: export the model again in one of these"
         )
     for key in ("targets", "ignore"):
         names = sparsity.get(key) or []

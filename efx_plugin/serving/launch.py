@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+from efx_plugin.checkpoint.config import sparsity_of
 from efx_plugin.errors import EfxError
 
 PLUGIN = "efx_plugin"  # the name of our entry point in vLLM's group
@@ -56,7 +57,7 @@ def serve(
         raise EfxError(
             "efx serve needs vLLM: pip install 'efx-plugin[serve]', or 'efx-plugin[serve-cpu]' without a GPU"
         )
-    if _is_sparse(config):
+    if sparsity_of(config) is not None:  # vLLM refuses it without us; what is wrong in it is for vLLM to say
         _check_plugin()
     _check_port(host, port)
 
@@ -110,14 +111,6 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise EfxError(f"{path} does not hold a JSON object: download or export the model again")
     return config
-
-
-def _is_sparse(config: Mapping[str, Any]) -> bool:
-    """Whether vLLM meets a sparsity that it refuses without us; what is wrong in the config is for vLLM to say."""
-    section: Any = config
-    for key in ("quantization_config", "sparsity_config"):
-        section = section.get(key) if isinstance(section, Mapping) else None
-    return isinstance(section, Mapping) and section.get("format", "dense") != "dense"
 
 
 def _check_plugin() -> None:

@@ -17,8 +17,7 @@ from vllm.model_executor.layers.fused_moe import GateLinear, RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
 from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter, ModelWeightParameter
 
-from efx_plugin.checkpoint import FORMATS, decompress
-from efx_plugin.checkpoint.formats.registry import dense_shape
+from efx_plugin.checkpoint.formats.registry import decompress, dense_layout, find_format, part_dtypes
 from efx_plugin.errors import SparseCheckpointError
 from efx_plugin.kernels import PackedWeight, pack
 from efx_plugin.serving.quantized import Int8Scheme
@@ -32,7 +31,7 @@ class SparseWeightLoader:
 
     Args:
         layer: the vLLM layer.
-        format_name: the checkpoint's sparse format, a key of `FORMATS`.
+        format_name: the name of the checkpoint's sparse format.
         shards: names of the checkpoint's modules that the layer fuses, for messages.
         scheme: how the weight is quantized as well: int8 with `weight_scale` [rows, 1] beside it. None if it is not.
         shape: [out, in] of the weight on this rank.
@@ -123,22 +122,20 @@ class SparseWeightLoader:
 
     def _expanded(self, shard: ShardId, parts: dict[str, Tensor]) -> Tensor:
         name, expected = self._name(shard), [self._rows_of(shard), self.layer.input_size]
-        declared = list(dense_shape(self.format_name, parts, where=name))
-        if declared != expected:  # before anything is allocated for it
+        dtype, declared = dense_layout(self.format_name, parts, where=name)
+        if list(declared) != expected:  # before anything is allocated for it
             raise SparseCheckpointError(
-                f"{name}.shape declares {declared}, but by config.json the weight is {expected}: the checkpoint is "
-                "corrupt or belongs to another model, download or export it again"
+                f"{name}.shape declares {list(declared)}, but by config.json the weight is {expected}: the checkpoint "
+                "is corrupt or belongs to another model, download or export it again"
             )
-        dtype = parts["compressed"].dtype
         if self.scheme is None and dtype.itemsize == 1:
             raise SparseCheckpointError(
-                f"{name}.compressed holds quantized values ({dtype}), but config.json quantizes nothing of that name: "
+                f"{name} holds quantized values ({dtype}), but config.json quantizes nothing of that name: "
                 "export the model again"
             )
         if self.scheme is not None and dtype != torch.int8:
             raise SparseCheckpointError(
-                f"{name}.compressed is of {dtype}, but config.json makes it int8 ({self.scheme}): export the model "
-                "again"
+                f"{name} is of {dtype}, but config.json makes it int8 ({self.scheme}): export the model again"
             )
         return decompress(self.format_name, parts, where=name)
 
@@ -217,7 +214,7 @@ def refuse_expert_parts(layer: RoutedExperts, prefix: str, format_name: str) -> 
 
 def _placeholder_dtypes(format_name: str, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The tensors of a sparse weight of that dtype, by name."""
-    return {part: part_dtype for part, (part_dtype, _) in FORMATS[format_name].layout(0, 0, 0, dtype).items()}
+    return part_dtypes(find_format(format_name, "config.json"), dtype)
 
 
 def _placeholder(dtype: torch.dtype, loader: Callable[..., None]) -> torch.nn.Parameter:

@@ -19,7 +19,7 @@ from statistics import median
 import torch
 from safetensors.torch import load_file, save_file
 
-from efx_plugin.checkpoint import FORMATS, decompress
+from efx_plugin.checkpoint import decompress, find_format
 from efx_plugin.checkpoint.codec import bits, native
 from integration.benchmarks.timing import OUTPUT, Timed, interleave, process, ratio, timed, write_json
 from integration.old_releases import install
@@ -80,13 +80,13 @@ def codec_and_copy(weight: torch.Tensor, format_name: str) -> Timed:
     """What is timed for every weight."""
     source = weight.view(torch.uint8).numpy()
     target = source.copy()
-    parts = FORMATS[format_name].compress(weight)
+    parts = find_format(format_name).compress(weight)
     restored = decompress(format_name, parts, where="benchmark")
     assert torch.equal(restored.view(torch.uint8), weight.view(torch.uint8))
     return {
         "memory copy": timed(lambda: ctypes.memmove(target.ctypes.data, source.ctypes.data, source.nbytes)),
         "memory copy into new memory": timed(source.copy),
-        "pack": timed(lambda: FORMATS[format_name].compress(weight)),
+        "pack": timed(lambda: find_format(format_name).compress(weight)),
         "unpack": timed(lambda: decompress(format_name, parts, where="benchmark")),
     }
 
@@ -97,7 +97,7 @@ def files(weight: torch.Tensor) -> Timed:
     parameter = weight.clone()
     return {
         "safetensors save": timed(lambda: save_file({"weight": weight}, dense)),
-        "pack and safetensors save": timed(lambda: save_file(FORMATS["sparse-bitmask"].compress(weight), sparse)),
+        "pack and safetensors save": timed(lambda: save_file(find_format("sparse-bitmask").compress(weight), sparse)),
         # The file is only mapped; it is read when the model copies it.
         "safetensors load": timed(lambda: parameter.copy_(load_file(dense)["weight"])),
         "safetensors load and unpack": timed(
@@ -154,7 +154,7 @@ def main() -> None:
         "vs_compressed_tensors": min(
             ratio(seconds[what], seconds[f"{OLD_NAME} {what}"]) for what in ("pack", "unpack")
         ),
-        "bytes_ratio": sum(part.nbytes for part in FORMATS[headline[0]].compress(weight).values()) / weight.nbytes,
+        "bytes_ratio": sum(part.nbytes for part in find_format(headline[0]).compress(weight).values()) / weight.nbytes,
     }
     print("\n" + "\n".join(f"{name:24} {figure:.3f}" for name, figure in report.items()))
     write_json(OUTPUT / "checkpoint.json", report)

@@ -389,20 +389,20 @@ def test_damaged_weights_are_named(tmp_path, name, value):
 
 def test_a_dense_model_is_refused(tmp_path):
     model = LlamaForCausalLM(make_model().config)
-    refuse("No Linear weight has enough zeros .* prune the model", tmp_path, save_sparse, model)
+    refuse("no Linear weight has enough zeros .* prune the model", tmp_path, save_sparse, model)
     model.save_pretrained(tmp_path / "dense")
-    refuse("No Linear weight has enough zeros", tmp_path, export_checkpoint, tmp_path / "dense")
+    refuse("no Linear weight has enough zeros", tmp_path, export_checkpoint, tmp_path / "dense")
 
 
 def test_what_is_no_plain_model_is_refused(tmp_path, saved):
     model = make_model()
     model.model.layers[0].mlp.up_proj.base_layer = torch.nn.Linear(2, 2)  # as an adapter leaves it
-    refuse(r"still carries an adapter; save what efx_plugin\.merge_adapters\(model\)", tmp_path, save_sparse, model)
+    refuse(r"still carries an adapter: save what efx_plugin\.merge_adapters\(model\)", tmp_path, save_sparse, model)
     refuse("not Linear", tmp_path, save_sparse, torch.nn.Linear(2, 2))
     refuse("not str", tmp_path, save_sparse, "some/model")
     quantized = make_model()
     quantized.config.quantization_config = {"quant_method": "gptq"}
-    refuse("The model is quantized", tmp_path, save_sparse, quantized)
+    refuse("the model is quantized", tmp_path, save_sparse, quantized)
     with torch.device("meta"):
         meta = LlamaForCausalLM(saved[0].config)
     refuse("is on the meta device", tmp_path, save_sparse, meta)
@@ -410,11 +410,11 @@ def test_what_is_no_plain_model_is_refused(tmp_path, saved):
 
 def test_arguments_that_are_wrong(tmp_path):
     model = make_model()
-    refuse("structure is '2:4'; it can be auto, sparse-bitmask", tmp_path, save_sparse, model, structure="2:4")
+    refuse("structure is '2:4': it can be auto, sparse-24-bitmask", tmp_path, save_sparse, model, structure="2:4")
     for size in ("5 gigabytes", 0, "0GB", "-1GB"):
         refuse("max_shard_size must be", tmp_path, save_sparse, model, max_shard_size=size)
     refuse("metadata has the key 'licence'", tmp_path, save_sparse, model, metadata={"licence": "MIT"})
-    refuse(r"The recipe nowhere\.yaml cannot be read", tmp_path, save_sparse, model, recipe="nowhere.yaml")
+    refuse(r"the recipe nowhere\.yaml cannot be read", tmp_path, save_sparse, model, recipe="nowhere.yaml")
     refuse(r"torch\.float64 cannot be stored sparsely", tmp_path, save_sparse, model.double())
 
 
@@ -443,7 +443,7 @@ def test_sources_that_cannot_be_exported(tmp_path, saved, dense):
     shard.unlink()
     refuse(f"{shard.name}, which .* is missing", tmp_path, export_checkpoint, source)
     (source / "adapter_config.json").write_text("{}")
-    refuse(r"source is an adapter; merge it with efx_plugin\.merge_adapters", tmp_path, export_checkpoint, source)
+    refuse(r"source is an adapter: merge it with efx_plugin\.merge_adapters", tmp_path, export_checkpoint, source)
 
 
 # Disks that fill up, and processes that die.
@@ -699,7 +699,7 @@ def change_config(directory: Path, change) -> None:
         (lambda config: config["quantization_config"].update(sparsity_config="x"), "has no sparsity_config"),
         (lambda config: config["quantization_config"]["sparsity_config"].update(format="zip"), "the format 'zip'"),
         (lambda config: config["quantization_config"]["sparsity_config"].update(format=[]), r"the format \[\]"),
-        (lambda config: config["quantization_config"]["sparsity_config"].pop("format"), "the format None"),
+        (lambda config: config["quantization_config"]["sparsity_config"].pop("format"), "has no sparsity_config"),
         (
             lambda config: config["quantization_config"]["sparsity_config"].update(format="sparse-24-bitmask"),
             r"row_offsets does not belong",

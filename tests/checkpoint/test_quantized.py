@@ -329,7 +329,7 @@ def test_what_cannot_be_taken_off_is_refused(saved, tmp_path):
         export_checkpoint(tmp_path / "plain", tmp_path / "dense", structure="dense")
     with pytest.raises(EfxError, match="exists already"):
         export_checkpoint(saved, tmp_path / "plain", structure="dense")
-    with pytest.raises(EfxError, match='stored sparsely already; structure="dense" takes the sparse compression off'):
+    with pytest.raises(EfxError, match='stored sparsely already: structure="dense" takes the sparse compression off'):
         export_checkpoint(saved, tmp_path / "dense")
     change(saved, lambda tensors: tensors[f"{UP}.bitmask"].bitwise_xor_(1))
     with pytest.raises(SparseCheckpointError, match=rf"{UP}\.compressed"):
@@ -453,7 +453,7 @@ def test_models_that_cannot_be_stored_are_refused(tmp_path):
     for module in dense.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.uniform_(module.weight, 1, 2)
-    refuse("No Linear weight has enough zeros", quantize(dense, SCHEMES["W8A8"]))
+    refuse("no Linear weight has enough zeros", quantize(dense, SCHEMES["W8A8"]))
 
 
 def test_a_source_that_was_not_compressed_is_refused(tmp_path):
@@ -461,5 +461,5 @@ def test_a_source_that_was_not_compressed_is_refused(tmp_path):
     compressor = ModelCompressor.from_pretrained_model(model, quantization_format="dense")
     model.save_pretrained(tmp_path / "quantized")
     compressor.update_config(str(tmp_path / "quantized"))
-    with pytest.raises(EfxError, match="weights as they were before quantization; save it with save_compressed=True"):
+    with pytest.raises(EfxError, match="weights as they were before quantization: save it with save_compressed=True"):
         export_checkpoint(tmp_path / "quantized", tmp_path / "sparse")

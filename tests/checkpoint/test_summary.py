@@ -2,8 +2,9 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from efx_plugin.checkpoint import save_sparse
+from efx_plugin.checkpoint import read_sparsity_config, save_sparse
 from efx_plugin.checkpoint.storage.checksums import FILE
 from efx_plugin.checkpoint.summary import summarize
 from efx_plugin.errors import SparseCheckpointError
@@ -86,3 +87,27 @@ def test_a_list_of_checksums_is_not_trusted_either(saved, line):
 def test_the_heat_map_is_a_picture(saved, tmp_path):
     sparsity_heat_map(summarize(saved[2]), tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("structure", ["sparse-24-bitmask", "sparse-bitmask"])
+def test_zeros_that_the_format_stores_are_zeros(tmp_path, structure):
+    """75 % zeros: every four has one non-zero, and in sparse-24-bitmask a zero beside it."""
+    model = tiny_llama()
+    for name, parameter in model.named_parameters():
+        if "_proj" in name:
+            parameter.data.view(-1, 4)[:, 1:] = 0
+    save_sparse(model, tmp_path / "sparse", structure=structure, progress=False)
+    summary = summarize(tmp_path / "sparse")
+    assert summary.sparsity == 0.75 and summary.two_of_four
+    assert read_sparsity_config(tmp_path / "sparse")["global_sparsity"] == 0.75
+
+
+def test_zeros_among_the_values_are_zeros(tmp_path):
+    """No writer of sparse-bitmask stores them, but a weight may be set to zero in the file afterwards."""
+    save_sparse(pruned("unstructured"), tmp_path / "sparse", progress=False)
+    before = summarize(tmp_path / "sparse")
+    tensors = load_file(tmp_path / "sparse" / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.compressed"][:10] = torch.tensor([0.0, -0.0] * 5)
+    save_file(tensors, tmp_path / "sparse" / "model.safetensors", metadata={"format": "pt"})
+    after = summarize(tmp_path / "sparse")
+    assert sum(one.zeros for one in after.weights) - sum(one.zeros for one in before.weights) == 10

@@ -10,13 +10,13 @@ The work is done by `native`, or by `numpy_codec` where that was not compiled.
 import logging
 import threading
 from functools import cache
-from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from efx_plugin.checkpoint.codec import native, numpy_codec
+from efx_plugin.checkpoint.codec.protocol import Codec
 from efx_plugin.errors import EfxError
 
 logger = logging.getLogger(__name__)
@@ -41,14 +41,14 @@ BITS = {
 _choosing = threading.Lock()
 
 
-def codec() -> ModuleType:
+def codec() -> Codec:
     """`native` if it was compiled, else `numpy_codec`, which works alike and is said once to be slow."""
     with _choosing:  # or each of several threads that come first would say it
         return _choose()
 
 
 @cache
-def _choose() -> ModuleType:
+def _choose() -> Codec:
     if native.library() is not None:
         return native
     logger.warning(
@@ -66,7 +66,7 @@ def as_integers(weight: torch.Tensor) -> np.ndarray:
     """
     if weight.dtype not in BITS:
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in BITS)
-        raise EfxError(f"Weights of {weight.dtype} cannot be stored sparsely; convert the model to one of {dtypes}.")
+        raise EfxError(f"weights of {weight.dtype} cannot be stored sparsely: convert the model to one of {dtypes}")
     return weight.detach().contiguous().view(BITS[weight.dtype].integer).numpy()
 
 
@@ -114,6 +114,14 @@ def row_counts(mask: np.ndarray) -> np.ndarray:
     return codec().row_counts(mask)
 
 
-def fours(mask: np.ndarray, columns: int) -> int:
-    """2 if every aligned four of a row has exactly two bits set, 1 if none has more, else 0; columns % 4 is 0."""
-    return codec().fours(mask, columns)
+def is_24(mask: np.ndarray, columns: int) -> bool:
+    """Whether a mask has at most two bits in each aligned four of a row, and rows of whole fours."""
+    return columns % 4 == 0 and codec().fours(mask, columns) > 0
+
+
+def first_not_two_of_four(mask: np.ndarray, columns: int) -> tuple[int, int] | None:
+    """Row and byte of the first aligned four that has not exactly two bits, None if there is none; columns % 4 is 0."""
+    if codec().fours(mask, columns) == 2:
+        return None
+    row, byte = np.argwhere(~numpy_codec.has_two_of_four(mask, columns))[0]
+    return int(row), int(byte)

@@ -11,15 +11,15 @@ import numpy as np
 # Weights per pass: the mask, the indices and the values of one block stay in the cache of a core.
 _BLOCK = 1 << 18
 
-# For every byte of a mask, which is two fours: the larger number of bits set in one, whether it is two in both, and the
-# byte with bits added from the lowest on until it is.
+# A byte of a mask holds two fours: the low half and the high half of its bits. These tables have an entry per byte.
 _LOW, _HIGH = np.arange(256) & 15, np.arange(256) >> 4
 _COUNTS = np.bitwise_count(np.arange(16))
-_FULLEST = np.maximum(_COUNTS[_LOW], _COUNTS[_HIGH])
-IS_TWO_TWICE = (_COUNTS[_LOW] == 2) & (_COUNTS[_HIGH] == 2)
+_FULLER_HALF = np.maximum(_COUNTS[_LOW], _COUNTS[_HIGH])  # bits set in the half that has more
+_TWO_IN_BOTH = (_COUNTS[_LOW] == 2) & (_COUNTS[_HIGH] == 2)
 
 
 def _fill_up() -> np.ndarray:
+    """Each byte with its lowest clear bits set until both halves have two."""
     filled = np.arange(16)
     for bit in (1, 2, 4, 8):
         filled = np.where(np.bitwise_count(filled) < 2, filled | bit, filled)
@@ -87,17 +87,20 @@ def row_counts(mask: np.ndarray) -> np.ndarray:
 
 def fours(mask: np.ndarray, columns: int) -> int:
     """2 if every aligned four of a row has exactly two bits set, 1 if none has more, else 0; columns % 4 is 0."""
-    if (_FULLEST[mask] > 2).any():
+    if (_FULLER_HALF[mask] > 2).any():
         return 0
-    return 2 if IS_TWO_TWICE[whole_bytes(mask, columns)].all() else 1
+    return 2 if has_two_of_four(mask, columns).all() else 1
 
 
-def whole_bytes(mask: np.ndarray, columns: int) -> np.ndarray:
-    """A mask over rows of fours with two bits set in the four that a last half byte lacks."""
+def has_two_of_four(mask: np.ndarray, columns: int) -> np.ndarray:
+    """Whether the fours in each byte of a mask have exactly two bits set: bool, as large as the mask; columns % 4 is 0.
+
+    Where the last byte of a row holds one four only, its other half counts as right.
+    """
     if columns % 8:
         mask = mask.copy()
         mask[:, -1] |= 0x30
-    return mask
+    return _TWO_IN_BOTH[mask]
 
 
 def _select(values: np.ndarray, mask: np.ndarray, count: int) -> np.ndarray:

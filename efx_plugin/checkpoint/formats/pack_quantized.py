@@ -44,7 +44,7 @@ def decompress(parts: dict[str, torch.Tensor], where: str) -> torch.Tensor:
     words, shape = parts["weight_packed"], parts["weight_shape"].flatten().tolist()
     if len(shape) != 2 or (words.dtype, tuple(words.shape)) != layout(*shape)["weight_packed"]:
         raise SparseCheckpointError(
-            f"{where}.weight_shape declares {shape}, but weight_packed is {words.dtype} {list(words.shape)}; "
-            "the checkpoint is corrupt, save it again."
+            f"{where}.weight_shape declares {shape}, but weight_packed is {words.dtype} {list(words.shape)}: "
+            "the checkpoint is corrupt, save it again"
         )
     return unpack_from_int32(words, num_bits=8, shape=torch.Size(shape)).contiguous()

@@ -9,20 +9,29 @@ import numpy as np
 import torch
 
 from efx_plugin.checkpoint.codec import bits
+from efx_plugin.checkpoint.formats.protocol import Layout, Parts
 from efx_plugin.errors import SparseCheckpointError
-
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def corrupt(where: str, tensor: str, problem: str) -> SparseCheckpointError:
     """The error for a tensor that contradicts itself or its siblings."""
-    return SparseCheckpointError(f"{where}.{tensor} {problem}: the checkpoint is corrupt, download or export it again.")
+    return SparseCheckpointError(f"{where}.{tensor} {problem}: the checkpoint is corrupt, download or export it again")
 
 
-def dense_shape(parts: dict[str, torch.Tensor], layout: Callable[..., Layout], where: str) -> tuple[int, int]:
-    """Rows and columns of the dense weight, once the names and dtypes of its parts are checked.
+def dense_layout(
+    parts: Parts, layout: Callable[[int, int, int, torch.dtype], Layout], where: str
+) -> tuple[torch.dtype, tuple[int, int]]:
+    """Dtype, rows and columns of a weight that is stored with a bitmask; names and dtypes of its parts are checked.
 
     The declared shape is believed only if the bitmask, whose bytes are really there, is as large as it says.
+
+    Args:
+        parts: the tensors; only `shape` is read.
+        layout: of the format, see `protocol.Format`.
+        where: what an error calls the weight.
+
+    Raises:
+        SparseCheckpointError: naming the part that is missing or wrong.
     """
     expected = layout(0, 0, 0, torch.float32)
     for name in expected:
@@ -45,10 +54,10 @@ def dense_shape(parts: dict[str, torch.Tensor], layout: Callable[..., Layout], w
         raise corrupt(
             where, "shape", f"declares a weight [{rows}, {columns}], but the bitmask is {list(parts['bitmask'].shape)}"
         )
-    return rows, columns
+    return parts["compressed"].dtype, (rows, columns)
 
 
-def check_shapes(parts: dict[str, torch.Tensor], layout: Layout, where: str) -> None:
+def check_shapes(parts: Parts, layout: Layout, where: str) -> None:
     """Every part has the shape that the layout gives it."""
     for name, (_, size) in layout.items():
         if tuple(parts[name].shape) != size:

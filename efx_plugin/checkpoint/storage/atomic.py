@@ -22,9 +22,9 @@ def refuse_existing(directory: str | os.PathLike) -> None:
     """
     directory = Path(directory)
     if os.path.lexists(directory):
-        raise EfxError(f"{directory} exists already and nothing is overwritten; remove it or choose another directory.")
+        raise EfxError(f"{directory} exists already and nothing is overwritten: remove it or choose another directory")
     if not directory.absolute().parent.is_dir():
-        raise EfxError(f"{directory.absolute().parent}, in which {directory.name} is to be written, is no directory.")
+        raise EfxError(f"{directory.absolute().parent}, in which {directory.name} is to be written, is no directory")
 
 
 @contextlib.contextmanager
@@ -77,7 +77,7 @@ def _explained(directory: Path, needed: int) -> Iterator[None]:
 
 
 def _full(directory: Path, needed: int, free: int) -> EfxError:
-    return EfxError(f"{directory} needs {needed:,} bytes and its disk has {free:,} left; make room or write elsewhere.")
+    return EfxError(f"{directory} needs {needed:,} bytes and its disk has {free:,} left: make room or write elsewhere")
 
 
 def _lock(path: Path) -> int:

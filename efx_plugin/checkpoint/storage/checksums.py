@@ -32,12 +32,12 @@ def check(directory: str | os.PathLike) -> str:
     for number, line in enumerate((directory / FILE).read_text(errors="replace").splitlines(), start=1):
         digest, separator, name = line.partition("  ")
         if not separator or len(digest) != 64 or Path(name).name != name:
-            raise SparseCheckpointError(f"{FILE}, line {number}, is malformed: download the checkpoint again.")
+            raise SparseCheckpointError(f"{FILE}, line {number}, is malformed: download the checkpoint again")
         try:
             with open(directory / name, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise SparseCheckpointError(f"{name} is listed in {FILE} but cannot be read: {error.strerror}.") from error
+            raise SparseCheckpointError(f"{name} is listed in {FILE} but cannot be read: {error.strerror}") from error
         if found != digest:
-            raise SparseCheckpointError(f"{name} is not what {FILE} says: download the checkpoint again.")
+            raise SparseCheckpointError(f"{name} is not what {FILE} says: download the checkpoint again")
     return "match"

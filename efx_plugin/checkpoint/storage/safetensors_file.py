@@ -65,28 +65,28 @@ def read_index(directory: str | os.PathLike) -> dict[str, StoredTensor]:
     directory = Path(directory)
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
     if single.is_file() and index.is_file():
-        raise SparseCheckpointError(f"{directory} holds both {SINGLE_FILE} and {INDEX_FILE}; remove the one left over.")
+        raise SparseCheckpointError(f"{directory} holds both {SINGLE_FILE} and {INDEX_FILE}: remove the one left over")
     if single.is_file():
         return read_header(single)
     if not index.is_file():
-        raise SparseCheckpointError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}; is it a checkpoint?")
+        raise SparseCheckpointError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}: is it a checkpoint?")
     listed = _read_weight_map(index)
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(listed.values())):
         for name, tensor in read_header(directory / file).items():
             if name in tensors:
                 raise SparseCheckpointError(
-                    f"{file}: {name} is also stored in {tensors[name].file}; only one can be right."
+                    f"{file}: {name} is also stored in {tensors[name].file}: only one can be right"
                 )
             if listed.get(name) != file:
                 raise SparseCheckpointError(
-                    f"{file}: {name} is not where {INDEX_FILE} lists it; export the checkpoint again."
+                    f"{file}: {name} is not where {INDEX_FILE} lists it: export the checkpoint again"
                 )
             tensors[name] = tensor
     for name, file in listed.items():
         if name not in tensors:
             raise SparseCheckpointError(
-                f"{file}: {name} is listed in {INDEX_FILE} but missing; download the file again."
+                f"{file}: {name} is listed in {INDEX_FILE} but missing: download the file again"
             )
     return tensors
 
@@ -108,9 +108,9 @@ def read_tensor(directory: str | os.PathLike, stored: StoredTensor) -> torch.Ten
             file.seek(stored.begin)
             read = file.readinto(_raw(tensor))
     except OSError as error:
-        raise SparseCheckpointError(f"{stored.file} cannot be read: {error.strerror}.") from error
+        raise SparseCheckpointError(f"{stored.file} cannot be read: {error.strerror}") from error
     if read != stored.nbytes:
-        raise SparseCheckpointError(f"{stored.file} ends early; it has been truncated since it was opened.")
+        raise SparseCheckpointError(f"{stored.file} ends early: it has been truncated since it was opened")
     return tensor
 
 
@@ -175,9 +175,9 @@ def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(raw, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
-        raise SparseCheckpointError(f"{path.name} is not the JSON it should hold: {error}.") from error
+        raise SparseCheckpointError(f"{path.name} is not the JSON it should hold: {error}") from error
     if not isinstance(parsed, dict):
-        raise SparseCheckpointError(f"{path.name} does not hold a JSON object.")
+        raise SparseCheckpointError(f"{path.name} does not hold a JSON object")
     return parsed
 
 
@@ -201,12 +201,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _read_weight_map(index: Path) -> dict[str, str]:
     listed = parse_json(index, index.read_bytes()).get("weight_map")
     if not isinstance(listed, dict) or not listed:
-        raise SparseCheckpointError(f"{index.name} has no weight_map.")
+        raise SparseCheckpointError(f"{index.name} has no weight_map")
     for name, file in listed.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise SparseCheckpointError(f"{index.name} lists {name} in {file!r}, which is no file of this directory.")
+            raise SparseCheckpointError(f"{index.name} lists {name} in {file!r}, which is no file of this directory")
         if not (index.parent / file).is_file():
-            raise SparseCheckpointError(f"{file}, which {index.name} lists for {name}, is missing; download it again.")
+            raise SparseCheckpointError(f"{file}, which {index.name} lists for {name}, is missing: download it again")
     return listed
 
 
@@ -221,8 +221,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise SparseCheckpointError(
-                f"{path.name} declares a header of {length:,} bytes in a file of {size:,}; "
-                "it is truncated or no safetensors file."
+                f"{path.name} declares a header of {length:,} bytes in a file of {size:,}: "
+                "it is truncated or no safetensors file"
             )
         header = parse_json(path, file.read(length))
     header.pop("__metadata__", None)
@@ -232,12 +232,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
         if tensor.begin != end:
             raise SparseCheckpointError(
-                f"{path.name}: {name} does not begin where the tensor before it ends; the header is corrupt."
+                f"{path.name}: {name} does not begin where the tensor before it ends: the header is corrupt"
             )
         end += tensor.nbytes
     if end != size:
         raise SparseCheckpointError(
-            f"{path.name} has {size:,} bytes, but its tensors end at byte {end:,}; download it again."
+            f"{path.name} has {size:,} bytes, but its tensors end at byte {end:,}: download it again"
         )
     return tensors
 
@@ -246,7 +246,7 @@ def _read_entry(file: str, name: str, entry: Any, data: int, size: int) -> Store
     """Python's integers do not overflow, so a declared shape or offset can be as absurd as it likes."""
 
     def wrong(problem: str) -> SparseCheckpointError:
-        return SparseCheckpointError(f"{file}: {name} {problem}; the header is corrupt, download the file again.")
+        return SparseCheckpointError(f"{file}: {name} {problem}: the header is corrupt, download the file again")
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise wrong("is not described by dtype, shape and data_offsets")

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efx_plugin.checkpoint import FORMATS, decompress
+from efx_plugin.checkpoint import decompress, find_format, format_names
 from efx_plugin.checkpoint.codec import bits, native, numpy_codec
 from efx_plugin.checkpoint.storage.prefetch import map_ahead
 from efx_plugin.errors import SparseCheckpointError
@@ -163,11 +163,11 @@ def outcome_of(name: str, parts: dict[str, torch.Tensor]) -> str | list:
 
 
 @settings(max_examples=300)
-@given(st.data(), st.sampled_from(list(FORMATS)), st.sampled_from(list(bits.BITS)), st.sampled_from([20, 64, 132]))
+@given(st.data(), st.sampled_from(format_names()), st.sampled_from(list(bits.BITS)), st.sampled_from([20, 64, 132]))
 def test_corrupt_parts_get_the_same_answer_from_both(library, data, name, dtype, columns):
     weight = torch.arange(1, 5 * columns + 1).reshape(5, columns).remainder(100).add(1).to(dtype)
     weight.view(bits.BITS[dtype].integer)[:, 1::2] = 0
-    parts = FORMATS[name].compress(weight)
+    parts = find_format(name).compress(weight)
     part = data.draw(st.sampled_from(sorted(parts)))
     raw = parts[part].reshape(-1).view(torch.uint8)
     for _ in range(data.draw(st.integers(1, 3))):
@@ -283,7 +283,7 @@ def test_without_the_library_numpy_does_the_work_and_says_so_once(monkeypatch, c
             assert set(map_ahead(lambda _: bits.codec(), range(50))) == {numpy_codec}
             weight = torch.eye(12, dtype=torch.bfloat16)
             for name in ("sparse-bitmask", "sparse-24-bitmask"):
-                assert torch.equal(decompress(name, FORMATS[name].compress(weight), where="w"), weight)
+                assert torch.equal(decompress(name, find_format(name).compress(weight), where="w"), weight)
     finally:
         bits._choose.cache_clear()
     (message,) = caplog.messages

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from efx_plugin.checkpoint import FORMATS, decompress
+from efx_plugin.checkpoint import decompress, find_format, format_names
 from efx_plugin.checkpoint.codec.bits import BITS
+from efx_plugin.checkpoint.formats import registry
 from efx_plugin.errors import EfxError, SparseCheckpointError
 
 BITMASK, BITMASK24 = "sparse-bitmask", "sparse-24-bitmask"
@@ -44,21 +45,21 @@ def without_negative_zeros(weight: torch.Tensor) -> list[list[int]]:
 
 @given(weights())
 def test_bitmask_round_trip_is_bit_exact_but_for_negative_zeros(weight):
-    restored = decompress(BITMASK, FORMATS[BITMASK].compress(weight), where="w")
+    restored = decompress(BITMASK, find_format(BITMASK).compress(weight), where="w")
     assert restored.dtype == weight.dtype
     assert bits_of(restored) == without_negative_zeros(weight)
 
 
 @given(weights(two_of_four=True))
 def test_24_round_trip_is_bit_exact_but_for_negative_zeros(weight):
-    restored = decompress(BITMASK24, FORMATS[BITMASK24].compress(weight), where="w")
+    restored = decompress(BITMASK24, find_format(BITMASK24).compress(weight), where="w")
     assert restored.dtype == weight.dtype
     assert bits_of(restored) == without_negative_zeros(weight)
 
 
 @given(weights())
 def test_bitmask_layout_against_a_double_loop(weight):
-    parts = FORMATS[BITMASK].compress(weight)
+    parts = find_format(BITMASK).compress(weight)
     rows, columns = weight.shape
     values, offsets = [], []
     mask = [[0] * ((columns + 7) // 8) for _ in range(rows)]
@@ -79,7 +80,7 @@ def test_bitmask_layout_against_a_double_loop(weight):
 
 @given(weights(two_of_four=True))
 def test_24_layout_against_a_double_loop(weight):
-    parts = FORMATS[BITMASK24].compress(weight)
+    parts = find_format(BITMASK24).compress(weight)
     rows, columns = weight.shape
     assert parts["shape"].dtype == torch.int64
     assert parts["shape"].tolist() == [[rows], [columns]]
@@ -99,28 +100,28 @@ def test_24_layout_against_a_double_loop(weight):
 @given(weights())
 def test_the_layout_is_known_from_the_number_of_zeros_alone(weight):
     """Which is what lets a shard's header be written before its tensors."""
-    parts = FORMATS[BITMASK].compress(weight)
-    layout = FORMATS[BITMASK].layout(*weight.shape, len(parts["compressed"]), weight.dtype)
+    parts = find_format(BITMASK).compress(weight)
+    layout = find_format(BITMASK).layout(*weight.shape, len(parts["compressed"]), weight.dtype)
     assert {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()} == layout
 
 
 def test_a_weight_larger_than_a_block_and_a_row_longer_than_one():
     for rows, columns in ((3000, 130), (2, 300_001)):
         weight = torch.randn(rows, columns) * (torch.rand(rows, columns) < 0.5)
-        assert torch.equal(decompress(BITMASK, FORMATS[BITMASK].compress(weight), where="w"), weight)
+        assert torch.equal(decompress(BITMASK, find_format(BITMASK).compress(weight), where="w"), weight)
 
 
 def test_weights_that_are_views_are_stored_as_they_read():
     weight = (torch.randn(20, 30) * (torch.rand(20, 30) < 0.5))[::2, 3:19].T
-    assert torch.equal(decompress(BITMASK, FORMATS[BITMASK].compress(weight), where="w"), weight)
+    assert torch.equal(decompress(BITMASK, find_format(BITMASK).compress(weight), where="w"), weight)
 
 
 def test_half_of_bfloat16_takes_nine_sixteenths():
     weight = torch.ones(64, 4096, dtype=torch.bfloat16)
     weight[:, ::2] = 0
     sizes = {
-        name: sum(part.nbytes for part in module.compress(weight).values()) / weight.nbytes
-        for name, module in FORMATS.items()
+        form.name: sum(part.nbytes for part in form.compress(weight).values()) / weight.nbytes
+        for form in registry.FORMATS
     }
     assert sizes[BITMASK] == pytest.approx(0.5625, abs=0.002)
     assert sizes[BITMASK24] == pytest.approx(0.5625, abs=0.0002)
@@ -130,23 +131,23 @@ def test_24_refuses_to_lose_weights():
     weight = torch.zeros(2, 8)
     weight[1, 4:7] = 1
     with pytest.raises(EfxError, match="not 2:4 sparse"):
-        FORMATS[BITMASK24].compress(weight)
+        find_format(BITMASK24).compress(weight)
     with pytest.raises(EfxError, match="not 2:4 sparse"):
-        FORMATS[BITMASK24].compress(torch.zeros(2, 6))
+        find_format(BITMASK24).compress(torch.zeros(2, 6))
 
 
-@pytest.mark.parametrize("module", FORMATS.values(), ids=list(FORMATS))
-def test_a_dtype_without_a_layout_is_refused(module):
+@pytest.mark.parametrize("form", registry.FORMATS, ids=format_names())
+def test_a_dtype_without_a_layout_is_refused(form):
     with pytest.raises(EfxError, match=r"torch\.float64 cannot be stored sparsely"):
-        module.compress(torch.zeros(4, 4, dtype=torch.float64))
+        form.compress(torch.zeros(4, 4, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", format_names())
 def test_the_default_device_does_not_matter(name):
     """transformers and vLLM load under one: meta, or a GPU."""
     weight = torch.tensor([[1.0, 0, 0, 2, 0, 3, 0, 0]])
     with torch.device("meta"):
-        restored = decompress(name, FORMATS[name].compress(weight), where="w")
+        restored = decompress(name, find_format(name).compress(weight), where="w")
     assert torch.equal(restored, weight)
 
 
@@ -155,7 +156,7 @@ def test_vectors_of_old_releases_are_read(size, seed):
     """Without targets they compressed vectors too: a shape [1], a flat mask and a scalar offset."""
     generator = torch.Generator().manual_seed(seed)
     vector = torch.randn(size, generator=generator) * (torch.rand(size, generator=generator) < 0.5)
-    parts = FORMATS[BITMASK].compress(vector[None])
+    parts = find_format(BITMASK).compress(vector[None])
     old = {
         "compressed": parts["compressed"],
         "bitmask": parts["bitmask"][0],
@@ -169,6 +170,6 @@ def test_vectors_of_old_releases_are_read(size, seed):
 
 def test_an_unknown_format_names_the_known_ones():
     with pytest.raises(
-        SparseCheckpointError, match="layer asks for the format 'marlin-24'; the formats are sparse-bit"
+        SparseCheckpointError, match="layer asks for the format 'marlin-24': the formats are sparse-24-bit"
     ):
         decompress("marlin-24", {}, where="layer")

@@ -7,18 +7,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from efx_plugin.checkpoint import FORMATS, decompress
+from efx_plugin.checkpoint import decompress, find_format, format_names
+from efx_plugin.checkpoint.formats import registry
 from efx_plugin.errors import SparseCheckpointError
 
 BITMASK, BITMASK24 = "sparse-bitmask", "sparse-24-bitmask"
 WHERE = "model.safetensors: model.layers.0.mlp.up_proj"
-NAMES = [(name, part) for name, module in FORMATS.items() for part in module.layout(0, 0, 0, torch.float32)]
+NAMES = [(form.name, part) for form in registry.FORMATS for part in registry.part_dtypes(form, torch.float32)]
 
 
 def make_parts(name: str, rows: int = 6, columns: int = 20) -> dict[str, torch.Tensor]:
     weight = torch.arange(1, rows * columns + 1, dtype=torch.float32).reshape(rows, columns)
     weight.view(rows, -1, 4)[:, :, ::2] = 0
-    return FORMATS[name].compress(weight)
+    return find_format(name).compress(weight)
 
 
 def refuse(name: str, parts: dict[str, torch.Tensor], tensor: str) -> None:
@@ -29,7 +30,7 @@ def refuse(name: str, parts: dict[str, torch.Tensor], tensor: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", format_names())
 def test_parts_as_written_are_accepted(name):
     assert decompress(name, make_parts(name), where=WHERE).shape == (6, 20)
 
@@ -53,13 +54,13 @@ def test_a_part_of_the_wrong_dtype(name, part, dtype):
     refuse(name, make_parts(name) | {part: make_parts(name)[part].to(dtype)}, part)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", format_names())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool, torch.uint8])
 def test_values_of_a_dtype_that_no_weight_has(name, dtype):
     refuse(name, make_parts(name) | {"compressed": make_parts(name)["compressed"].to(dtype)}, "compressed")
 
 
-@given(st.data(), st.sampled_from(list(FORMATS)))
+@given(st.data(), st.sampled_from(format_names()))
 def test_any_flipped_bit_of_a_mask(data, name):
     """One bit more or less cannot be right, padding included: 20 columns leave four bits of the third byte unused."""
     parts = make_parts(name)
@@ -107,7 +108,7 @@ EXTENTS = st.one_of(
 )
 
 
-@given(EXTENTS, EXTENTS, st.sampled_from(list(FORMATS)))
+@given(EXTENTS, EXTENTS, st.sampled_from(format_names()))
 def test_a_shape_that_lies_costs_no_memory(rows, columns, name):
     parts = make_parts(name)
     if rows == 6 and 20 <= columns <= 24 and name == BITMASK:

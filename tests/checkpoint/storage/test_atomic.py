@@ -67,7 +67,7 @@ def test_too_little_room_is_refused_before_anything_is_written(tmp_path):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_disk_that_fills_up_on_the_way(tmp_path, code):
-    message = r"needs 10 bytes and its disk has [\d,]+ left; make room"
+    message = r"needs 10 bytes and its disk has [\d,]+ left: make room"
     with pytest.raises(EfxError, match=message), atomic.new_directory(tmp_path / "new", 10) as temporary:
         (temporary / "file").write_text("x")
         raise OSError(code, "disk")
