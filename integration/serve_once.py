@@ -1,11 +1,11 @@
 """Serve a model once with vLLM's offline engine on CPU, greedily, and write what it said and how fast.
 
-    .venv-serve/bin/python integration/serve_once.py --model DIR --prompts FILE.json --max-tokens 64 --output OUT.json
+    .venv-serve/bin/python -m integration.serve_once --model DIR --prompts FILE.json --max-tokens 64 --output OUT.json
 
 The prompts are a JSON list of texts, or of lists of token ids. The output:
 
-    {"outputs": [{"token_ids": [...], "text": "...", "margins": [...]}, ...],   one per prompt; text is null without a
-                                  tokenizer; margins are the leads of each token over the next best, in nats
+    {"outputs": [...],             per prompt, see `served.ask`
+     "relative_error": 0.03,       see `served`
      "tokens_per_second": 12.3,    generated tokens of all prompts together, median of three runs after a warm-up
      "dtype": "bfloat16",          of activations: float32 on a CPU that cannot multiply in bfloat16
      "operator": "reference",      the kernel that the sparse layers run on; "dense" where nothing is sparse
@@ -24,9 +24,9 @@ from typing import Any
 
 from efx_plugin.errors import EfxError
 from efx_plugin.serving.launch import thread_binding
+from integration.served import ask
 
 REPEATS = 3
-TIE = 0.25  # nats
 
 
 def serve(
@@ -57,47 +57,22 @@ def serve(
 
     inputs = [prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt in prompts]
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, detokenize=has_tokenizer)
-    outputs, speeds = [], []
+    speeds = []
     for _ in range(1 + REPEATS):
         start = time.perf_counter()
         outputs = [request.outputs[0] for request in llm.generate(inputs, sampling)]
         speeds.append(sum(len(output.token_ids) for output in outputs) / (time.perf_counter() - start))
 
-    # Apart from what is timed: logprobs take time.
-    scored = llm.generate(inputs, SamplingParams(temperature=0, max_tokens=max_tokens, detokenize=False, logprobs=2))
-    margins = [[_margin(position) for position in request.outputs[0].logprobs] for request in scored]
     kernels = sorted({kernel for worker in llm.apply_model(kernels_in_use) for kernel in worker})
     return {
-        "outputs": [
-            {"token_ids": list(output.token_ids), "text": output.text if has_tokenizer else None, "margins": leads}
-            for output, leads in zip(outputs, margins, strict=True)
-        ],
+        # Apart from what is timed: log-probabilities take time.
+        **ask(llm, json.loads((model / "config.json").read_text()), prompts, max_tokens),
         "tokens_per_second": statistics.median(speeds[1:]),
         "dtype": dtype,
         "operator": ", ".join(kernels) or "dense",
         "load_seconds": load_seconds,
         "versions": {"vllm": vllm_version},
     }
-
-
-def _margin(logprobs: dict[int, Any]) -> float:
-    best, second, *_ = sorted((entry.logprob for entry in logprobs.values()), reverse=True)
-    return best - second
-
-
-def same_tokens(dense: dict[str, Any], sparse: dict[str, Any]) -> bool:
-    """Whether two results of `serve` agree for every prompt, token by token, up to what the dense model hardly prefers.
-
-    Kernels sum in different orders, which may change a logit by its last bit: bfloat16 logits from 16 to 32 are 0.125
-    apart. So two that are within two such steps may swap, and what follows is another text.
-    """
-    for one, other in zip(dense["outputs"], sparse["outputs"], strict=True):
-        for token, found, margin in zip(one["token_ids"], other["token_ids"], one["margins"], strict=True):
-            if token != found and margin > TIE:
-                return False
-            if token != found:
-                break
-    return True
 
 
 def set_environment(tp: int) -> None:

@@ -3,9 +3,10 @@
 import gc
 import json
 import os
+import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from efx_plugin.checkpoint import save_sparse
-from efx_plugin.checkpoint.formats.registry import part_names
+from efx_plugin.checkpoint.formats.registry import format_names, part_names
 from integration.serve_once import set_environment
+from integration.served import ask, difference
 
-SERVE_ONCE = Path(__file__).with_name("serve_once.py")
+ROOT = Path(__file__).resolve().parent.parent
 
-PROMPTS = [[5, 6, 7, 8, 9], list(range(20, 40)), [300]]
+SEED = 0
+# Token ids, and so the continuations whose log-probabilities are compared.
+_random = random.Random(SEED)
+PROMPTS = [[_random.randrange(3, 320) for _ in range(24)] for _ in range(8)]
 
 _GEMMA = {
     "head_dim": 32,
@@ -44,24 +49,11 @@ ARCHITECTURES = {
         "shared_intermediate_size": 76,
         "layer_types": ["attention"] * 2,
         "position_embedding_type": "rope",
+        "attention_multiplier": 32**-0.5,
     },
-    "Mixtral": {"num_local_experts": 4},
-    "Qwen3Moe": {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 76},
-}
-
-# For each of the tokens of `greedy` the best logit of these random models leads the second by at least four units in
-# the last place of bfloat16: kernels that add up in another order find the same tokens.
-SEEDS = {
-    "Llama": 1111,
-    "Mistral": 75,
-    "Qwen2": 436,
-    "Qwen3": 218,
-    "Gemma2": 101,
-    "Gemma3": 474,
-    "Phi3": 139,
-    "GraniteMoeHybrid": 261,
-    "Mixtral": 349,
-    "Qwen3Moe": 294,
+    # All experts for every token: where a router chooses between two that are nearly equal, rounding decides.
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 4},
+    "Qwen3Moe": {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 76},
 }
 
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
@@ -71,9 +63,9 @@ SCHEMES = {
 }
 
 
-def save_tiny(directory: Path, architecture: str, *, seed: int | None = None, **overrides) -> Path:
+def save_tiny(directory: Path, architecture: str, **overrides) -> Path:
     """Save a random model in bfloat16 whose linear weights are 2:4 sparse: `dense`, and each sparse format of it."""
-    model = _tiny_model(architecture, SEEDS[architecture] if seed is None else seed, **overrides)
+    model = _tiny_model(architecture, **overrides)
     model.save_pretrained(directory / "dense")
     for structure in ("sparse-bitmask", "sparse-24-bitmask"):
         save_sparse(model, directory / structure, structure, progress=False)
@@ -104,6 +96,30 @@ def rewrite(directory: Path, copy: Path, change) -> Path:
     return copy
 
 
+def plant(fault: Callable[[torch.Tensor], None], sparse: Path, copy: Path) -> Path:
+    """Copy a sparse-bitmask checkpoint with one projection of its first layer changed, in place, by `fault`."""
+    name = "model.layers.0.self_attn.o_proj"
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        parts = {part: tensors.pop(f"{name}.{part}") for part in PART_NAMES if f"{name}.{part}" in tensors}
+        weight = FORMATS["sparse-bitmask"].decompress(parts)
+        fault(weight)
+        compressed = FORMATS["sparse-bitmask"].compress(weight)
+        tensors.update({f"{name}.{part}": tensor for part, tensor in compressed.items()})
+
+    return rewrite(sparse, copy, change)
+
+
+def swap_rows(weight: torch.Tensor) -> None:
+    """Swap the first two rows [out, in]."""
+    weight[[0, 1]] = weight[[1, 0]]
+
+
+def negate_one(weight: torch.Tensor) -> None:
+    """Change the sign of one weight, the largest."""
+    weight.view(-1)[weight.abs().float().argmax()] *= -1
+
+
 def use_old_names(tensors: dict[str, torch.Tensor]) -> None:
     """Rename as compressed-tensors up to 0.8 did: `q_proj.compressed` was `q_proj.weight.compressed`."""
     for name in list(tensors):
@@ -130,48 +146,41 @@ def engine(directory: Path, **options) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
-def greedy(llm: Any, lora_request: Any = None) -> list[list[int]]:
-    """8 greedy tokens after each of `PROMPTS`."""
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
-    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-    outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=lora_request)
-    return [list(output.outputs[0].token_ids) for output in outputs]
-
-
-def serve(directory: Path, **options) -> tuple[list[list[int]], list[str]]:
-    """Tokens after each of `PROMPTS`, and the kernels that the sparse layers run on."""
+def answers(llm: Any, directory: Path, **options) -> dict[str, Any]:
+    """What the engine on a checkpoint says after each of `PROMPTS`, see `served.ask`, and the `operator` of its sparse
+    layers, "dense" where there are none.
+    """
     from efx_plugin.serving.linear_method import kernels_in_use
 
+    config = json.loads((directory / "config.json").read_text())
+    operator = ", ".join(llm.apply_model(kernels_in_use)[0]) or "dense"
+    return ask(llm, config, PROMPTS, 8, **options) | {"operator": operator}
+
+
+def serve(directory: Path, **options) -> dict[str, Any]:
+    """`answers` of an engine with these options."""
     with engine(directory, **options) as llm:
-        return greedy(llm), llm.apply_model(kernels_in_use)[0]
+        return answers(llm, directory)
 
 
-def assert_varied(tokens: list[list[int]]) -> None:
-    """Other than those of a model that repeats its prompt, whatever its matrices are."""
-    assert min(len(set(one)) for one in tokens) > 3, tokens
-
-
-def dense_tokens(directory: Path) -> list[list[int]]:
-    """Tokens after each of `PROMPTS`, of a checkpoint in which nothing is sparse."""
-    tokens, kernels = serve(directory)
-    assert kernels == []
-    assert_varied(tokens)
-    return tokens
+def assert_same(dense: dict[str, Any], served: dict[str, Any], operator: str) -> None:
+    """Two `answers` agree up to rounding; the first come from dense layers, the second from that operator."""
+    assert difference(dense, served) is None
+    assert (dense["operator"], served["operator"]) == ("dense", operator)
 
 
 def serve_once(
     directory: Path, prompts: list, *options: str, **environment: str
 ) -> tuple[subprocess.CompletedProcess, dict | None]:
-    """Run serve_once.py, eagerly, for 8 tokens: the finished process, and what it wrote, if anything."""
+    """Run `integration.serve_once`, eagerly, for 8 tokens: the finished process, and what it wrote, if anything."""
     requests, output = directory / "prompts.json", directory / "served.json"
     requests.write_text(json.dumps(prompts))
-    command = [sys.executable, SERVE_ONCE, "--model", directory, "--prompts", requests, "--max-tokens", "8", "--eager"]
+    command = [sys.executable, "-m", "integration.serve_once", "--model", directory, "--max-tokens", "8", "--eager"]
     # The settings of the engine in this process, such as the cores it is bound to, are not for the other one.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     result = subprocess.run(
-        [str(part) for part in [*command, "--output", output, *options]],
+        [str(part) for part in [*command, "--prompts", requests, "--output", output, *options]],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         env=inherited | environment,
@@ -179,7 +188,7 @@ def serve_once(
     return result, json.loads(output.read_text()) if output.exists() else None
 
 
-def _tiny_model(architecture: str, seed: int, **overrides):
+def _tiny_model(architecture: str, **overrides):
     import transformers
 
     fields = {
@@ -198,7 +207,7 @@ def _tiny_model(architecture: str, seed: int, **overrides):
     model_class = getattr(transformers, f"{architecture}ForCausalLM")
     config = model_class.config_class(**(fields | ARCHITECTURES[architecture] | overrides))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(SEED)
         model = model_class(config).to(torch.bfloat16)
         if architecture.startswith("Gemma"):
             # It multiplies embeddings by the root of the width, beside which its normalized layers would not matter.

@@ -1,9 +1,5 @@
 """The whole way on the real model and real text, in small: LoRA, recipe, merge, sparse checkpoint, vLLM."""
 
-import json
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 from peft import PeftModel
@@ -12,14 +8,12 @@ from transformers import AutoTokenizer
 from efx_plugin.checkpoint import linear_bytes, load_sparse, save_sparse
 from efx_plugin.model.adapters import merge_adapters
 from integration.assets import smollm2, splits, token_blocks
-from integration.demo import block_sparsities, calibration_set, load, prune
+from integration.demo import block_sparsities, calibration_set, load, prune, serve
 from integration.expert import perplexity, round_to_stored, train_lora
-from integration.serve_once import TIE, same_tokens
+from integration.served import difference
 from integration.serving_models import kernel
 
 pytestmark = pytest.mark.integration
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +60,7 @@ def test_the_expert_is_clearly_better_than_wanda_on_heldout_text(expert, tokeniz
     assert perplexity(expert, text["heldout"]) < 0.9 * perplexity(wanda, text["heldout"])
 
 
-def test_vllm_serves_the_tokens_of_the_dense_checkpoint(expert, tokenizer, text, tmp_path):
+def test_vllm_serves_it_as_the_dense_checkpoint(expert, tokenizer, text, tmp_path):
     expert.save_pretrained(tmp_path / "dense")
     save_sparse(expert, tmp_path / "sparse", tokenizer=tokenizer, progress=False)
     size = linear_bytes(tmp_path / "sparse")
@@ -74,17 +68,7 @@ def test_vllm_serves_the_tokens_of_the_dense_checkpoint(expert, tokenizer, text,
     loaded = load_sparse(tmp_path / "sparse").state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in expert.state_dict().items())
 
-    prompts = tmp_path / "prompts.json"
-    prompts.write_text(json.dumps(text["heldout"][:4, :24].tolist()))
-    served = {}
-    for kind in ("dense", "sparse"):
-        output = tmp_path / f"{kind}.json"
-        command = [ROOT / ".venv-serve/bin/python", ROOT / "integration/serve_once.py", "--model", tmp_path / kind]
-        command += ["--prompts", prompts, "--max-tokens", 24, "--output", output, "--eager"]
-        result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-3000:]
-        served[kind] = json.loads(output.read_text())
-    assert same_tokens(served["dense"], served["sparse"])
-    decided = [margin > TIE for output in served["dense"]["outputs"] for margin in output["margins"]]
-    assert sum(decided) > len(decided) / 2  # or the line above has compared nothing
-    assert (served["dense"]["operator"], served["sparse"]["operator"]) == ("dense", kernel())
+    prompts = text["heldout"][:4, :24].tolist()
+    dense, sparse = (serve(tmp_path / kind, prompts, 24) for kind in ("dense", "sparse"))
+    assert difference(dense, sparse) is None
+    assert (dense["operator"], sparse["operator"]) == ("dense", kernel())

@@ -1,4 +1,4 @@
-"""int8 weights that are sparse as well are served as they are, with the tokens of the same weights stored otherwise."""
+"""int8 weights that are sparse as well are served as they are, like the same weights stored otherwise."""
 
 from pathlib import Path
 
@@ -6,19 +6,28 @@ import pytest
 
 from efx_plugin.checkpoint import export_checkpoint, load_sparse, save_sparse
 from efx_plugin.errors import EfxError
-from integration.serving_models import SCHEMES, assert_varied, dense_tokens, engine, kernel, save_tiny, serve
+from integration.served import difference
+from integration.serving_models import (
+    SCHEMES,
+    assert_same,
+    engine,
+    kernel,
+    negate_one,
+    plant,
+    save_tiny,
+    serve,
+    swap_rows,
+)
 
 pytestmark = pytest.mark.serving
 
 
-def quantized_model(directory: Path, scheme: dict, architecture: str, seed: int):
-    """As llm-compressor leaves it, but for the scales: powers of two, so that bfloat16 holds the quantized weights.
-    The seeds are chosen as for `SEEDS`.
-    """
+def quantized_model(directory: Path, scheme: dict, architecture: str):
+    """As llm-compressor leaves it, but for the scales: powers of two, so that bfloat16 holds the quantized weights."""
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(save_tiny(directory, architecture, seed=seed) / "dense", dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(save_tiny(directory, architecture) / "dense", dtype="auto")
     groups = {"group_0": {"targets": ["Linear"], **scheme}}
     apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
     for module in model.modules():
@@ -35,7 +44,7 @@ def w8a8(tmp_path_factory):
     from compressed_tensors.compressors import ModelCompressor
 
     directory = tmp_path_factory.mktemp("w8a8")
-    model = quantized_model(directory / "tiny", SCHEMES["W8A8"], "Llama", seed=806)
+    model = quantized_model(directory / "tiny", SCHEMES["W8A8"], "Llama")
     save_sparse(model, directory / "sparse", progress=False)
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
@@ -45,35 +54,38 @@ def w8a8(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def w8a8_tokens(w8a8):
-    """Of vLLM's own int8 kernel."""
-    return dense_tokens(w8a8 / "quantized")
+def quantized(w8a8):
+    """What vLLM's own int8 kernel gives."""
+    return serve(w8a8 / "quantized")
 
 
-def test_w8a8_is_served_with_the_tokens_of_the_quantized_checkpoint(w8a8, w8a8_tokens):
-    assert serve(w8a8 / "sparse") == (w8a8_tokens, [kernel("W8A8")])
+def test_w8a8_is_served_as_the_quantized_checkpoint(w8a8, quantized):
+    assert_same(quantized, serve(w8a8 / "sparse"), kernel("W8A8"))
 
 
-def test_the_dense_export_of_w8a8_is_served(w8a8, w8a8_tokens, tmp_path):
+@pytest.mark.parametrize("fault", [negate_one, swap_rows])
+def test_a_fault_in_w8a8_is_more_than_rounding(w8a8, quantized, fault, tmp_path):
+    assert "log-probabilities" in str(difference(quantized, serve(plant(fault, w8a8 / "sparse", tmp_path / "planted"))))
+
+
+def test_the_dense_export_of_w8a8_is_served(w8a8, quantized, tmp_path):
     export_checkpoint(w8a8 / "sparse", tmp_path / "dense", structure="dense", progress=False)
-    assert serve(tmp_path / "dense") == (w8a8_tokens, [])
+    assert_same(quantized, serve(tmp_path / "dense"), "dense")
 
 
 # Phi-3 is fused on disk, scales as well.
-@pytest.mark.parametrize(("architecture", "seed"), [("Llama", 225), ("Phi3", 1108)])
-def test_w8a16_is_served_with_the_tokens_of_the_weights_it_stands_for(tmp_path, architecture, seed):
-    model = quantized_model(tmp_path / "tiny", SCHEMES["W8A16"], architecture, seed)
+@pytest.mark.parametrize("architecture", ["Llama", "Phi3"])
+def test_w8a16_is_served_as_the_weights_it_stands_for(tmp_path, architecture):
+    model = quantized_model(tmp_path / "tiny", SCHEMES["W8A16"], architecture)
     save_sparse(model, tmp_path / "sparse", progress=False)
     # vLLM has no kernel for dense W8A16 on a CPU. Scale times int8 is exact in bfloat16 here.
     load_sparse(tmp_path / "sparse").save_pretrained(tmp_path / "plain")
-    tokens, _ = serve(tmp_path / "plain")
-    assert_varied(tokens)
-    assert serve(tmp_path / "sparse") == (tokens, [kernel("W8A16")])
+    assert_same(serve(tmp_path / "plain"), serve(tmp_path / "sparse"), kernel("W8A16"))
 
 
 def test_what_cannot_be_served_names_the_remedy(tmp_path):
     fp8 = {part: args | {"type": "float"} for part, args in SCHEMES["W8A8"].items()}
-    save_sparse(quantized_model(tmp_path / "tiny", fp8, "Llama", seed=0), tmp_path / "sparse", progress=False)
+    save_sparse(quantized_model(tmp_path / "tiny", fp8, "Llama"), tmp_path / "sparse", progress=False)
     with (
         pytest.raises(EfxError, match=r"both sparse and quantized, .*export_checkpoint\(.*structure=\"dense\"\)"),
         engine(tmp_path / "sparse"),
