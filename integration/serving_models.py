@@ -97,15 +97,17 @@ def rewrite(directory: Path, copy: Path, change) -> Path:
 
 
 def plant(fault: Callable[[torch.Tensor], None], sparse: Path, copy: Path) -> Path:
-    """Copy a sparse-bitmask checkpoint with one projection of its first layer changed, in place, by `fault`."""
+    """Copy a sparse checkpoint with one projection of its first layer changed, in place, by `fault`."""
     name = "model.layers.0.self_attn.o_proj"
+    config = json.loads((sparse / "config.json").read_text())
+    structure = FORMATS[config["quantization_config"]["sparsity_config"]["format"]]
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        parts = {part: tensors.pop(f"{name}.{part}") for part in PART_NAMES if f"{name}.{part}" in tensors}
-        weight = FORMATS["sparse-bitmask"].decompress(parts)
+        weight = structure.decompress(
+            {part: tensors.pop(f"{name}.{part}") for part in PART_NAMES if f"{name}.{part}" in tensors}
+        )
         fault(weight)
-        compressed = FORMATS["sparse-bitmask"].compress(weight)
-        tensors.update({f"{name}.{part}": tensor for part, tensor in compressed.items()})
+        tensors.update({f"{name}.{part}": tensor for part, tensor in structure.compress(weight).items()})
 
     return rewrite(sparse, copy, change)
 
