@@ -38,8 +38,8 @@ def ask(
 ) -> dict[str, Any]:
     """What a model that vLLM serves says after some prompts, and how probable it finds them.
 
-    The log-probability of each token of a prompt is that of a request of its own, which ends before it: vLLM 0.32 does
-    not give `prompt_logprobs` where adapters are served.
+    The log-probability of each token of a prompt is that of a request of its own, which ends before it: vLLM 0.32 fails
+    on `prompt_logprobs` of several prompts where adapters may be served.
 
     Args:
         llm: vLLM's `LLM`.
