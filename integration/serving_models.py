@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from efx_plugin.checkpoint import save_sparse
-from efx_plugin.checkpoint.formats.registry import format_names, part_names
+from efx_plugin.checkpoint.formats.registry import find_format, part_names
 from integration.serve_once import set_environment
 from integration.served import ask, difference
 
@@ -100,11 +100,11 @@ def plant(fault: Callable[[torch.Tensor], None], sparse: Path, copy: Path) -> Pa
     """Copy a sparse checkpoint with one projection of its first layer changed, in place, by `fault`."""
     name = "model.layers.0.self_attn.o_proj"
     config = json.loads((sparse / "config.json").read_text())
-    structure = FORMATS[config["quantization_config"]["sparsity_config"]["format"]]
+    structure = find_format(config["quantization_config"]["sparsity_config"]["format"])
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         weight = structure.decompress(
-            {part: tensors.pop(f"{name}.{part}") for part in PART_NAMES if f"{name}.{part}" in tensors}
+            {part: tensors.pop(f"{name}.{part}") for part in part_names() if f"{name}.{part}" in tensors}
         )
         fault(weight)
         tensors.update({f"{name}.{part}": tensor for part, tensor in structure.compress(weight).items()})
