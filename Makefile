@@ -50,6 +50,8 @@ load-test: .venv/ready .venv-serve/ready
 lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo
 
 .venv/ready: pyproject.toml $(CONSTRAINTS)/compress.txt $(NATIVE)
 	$(PYTHON) -m venv .venv
