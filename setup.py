@@ -69,7 +69,7 @@ setup(
         "optimum.commands.register",
     ],
     package_dir={"efx_plugin.recipes": "recipes", "optimum.commands.register": "efx_plugin/optimum_cli"},
-    package_data={"efx_plugin.recipes": ["*.yaml"]},
+    package_data={"efx_plugin": ["py.typed"], "efx_plugin.recipes": ["*.yaml"]},
     cmdclass={"build_ext": BuildLibraries},
     ext_modules=[
         library(
