@@ -66,7 +66,7 @@ def prune(
     _choose_device(device)
     # llm-compressor logs to the stdout it finds when it is imported; ours is for the result.
     with contextlib.redirect_stdout(sys.stderr):
-        from efx_plugin.compress import prune_to_checkpoint
+        from efx_plugin.compress.prune import prune_to_checkpoint
 
         report = prune_to_checkpoint(
             model,

@@ -5,5 +5,9 @@ class EfxError(Exception):
     """A request that cannot be carried out; the message is one sentence fit to be shown as it is."""
 
 
+class UsageError(EfxError):
+    """A request that was put wrongly: a path, a name or a value that cannot be meant. The shell gets exit code 2."""
+
+
 class SparseCheckpointError(EfxError):
     """A sparse checkpoint that is incomplete, corrupt or inconsistent; the message names file and tensor."""
