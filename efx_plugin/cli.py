@@ -14,7 +14,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from efx_plugin.errors import EfxError
+from efx_plugin.compress.recipe import RecipeText, default_recipe, find_recipe
+from efx_plugin.errors import EfxError, UsageError
+from efx_plugin.recipe_files import builtin_recipes
 
 if TYPE_CHECKING:
     from efx_plugin.checkpoint.summary import Summary
@@ -38,10 +40,26 @@ StructureOption = Annotated[
 def prune(
     model: Annotated[Path, typer.Argument(help="Directory of the model to prune.", exists=True, file_okay=False)],
     output: Annotated[Path, typer.Argument(help="Directory to write; must not exist yet.")],
-    recipe: Annotated[Path, typer.Option(help="llm-compressor recipe (YAML).", exists=True, dir_okay=False)],
     dataset: Annotated[
         Path, typer.Option(help="Calibration text of the domain: .txt, .jsonl (field `text`) or .parquet.")
     ],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help=f"llm-compressor recipe: one of {', '.join(builtin_recipes())}, or a YAML file. "
+            "Without: the default method, with the two options below.",
+        ),
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Fraction of the weights to prune, without --recipe.  [default: 0.5]")
+    ] = None,
+    mask_structure: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N:M", help="Prune N of every M weights, without --recipe; 0:0 is unstructured.  [default: 0:0]"
+        ),
+    ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Directory of a LoRA adapter to merge in.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 128,
     length: Annotated[int, typer.Option(help="Tokens per calibration sequence.", min=2)] = 512,
@@ -59,11 +77,12 @@ def prune(
 ) -> None:
     """Prune MODEL by a recipe, with an adapter merged in, and write a sparse checkpoint.
 
-    Example: efx prune ./SmolLM2 ./expert --adapter ./legal-lora --recipe recipes/expert_50.yaml --dataset legal.jsonl
+    Example: efx prune ./SmolLM2 ./expert --adapter ./legal-lora --recipe expert_50 --dataset legal.jsonl
     """
     if quiet:  # before anything is imported that reads it
         os.environ |= {"TQDM_DISABLE": "1", "LLM_COMPRESSOR_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
     _choose_device(device)
+    chosen = _choose_recipe(recipe, sparsity, mask_structure)
     # llm-compressor logs to the stdout it finds when it is imported; ours is for the result.
     with contextlib.redirect_stdout(sys.stderr):
         from efx_plugin.compress.prune import prune_to_checkpoint
@@ -71,7 +90,7 @@ def prune(
         report = prune_to_checkpoint(
             model,
             output,
-            recipe=recipe,
+            recipe=chosen,
             dataset=dataset,
             adapter=adapter,
             samples=samples,
@@ -199,6 +218,15 @@ def _bars(console: Console, title: str, fractions: dict[str, float]) -> None:
     console.print(chart)
 
 
+def _choose_recipe(recipe: str | None, sparsity: float | None, mask_structure: str | None) -> RecipeText:
+    if recipe is None:
+        return default_recipe(sparsity, mask_structure)
+    if sparsity is not None or mask_structure is not None:
+        option = "--sparsity" if mask_structure is None else "--mask-structure"
+        raise UsageError(f"{option} is for the default recipe and {recipe} has its own: pass one of the two")
+    return find_recipe(recipe)
+
+
 def _choose_device(device: str) -> None:
     """Let torch see that device alone; llm-compressor calibrates on the first accelerator that it sees."""
     if device == "auto":
@@ -233,4 +261,4 @@ def main(arguments: list[str] | None = None) -> None:
         app(args=arguments, prog_name="efx")
     except EfxError as error:
         print(f"efx: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -266,6 +266,29 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing(sparse, tmp_path):
     assert_refused(result, output, str(output), "make room")
 
 
+@pytest.mark.parametrize("options", [["--recipe", "expert_2of4"], ["--mask-structure", "2:4"]])
+def test_a_recipe_is_taken_by_name_or_made_from_options(model, text, tmp_path, options):
+    arguments = ["prune", model, tmp_path / "expert", "--dataset", text, "--samples", 8, "--length", 48]
+    result = efx(*arguments, *options)
+    assert result.returncode == 0, result.stderr
+    recipe = (tmp_path / "expert" / "recipe.yaml").read_text()
+    assert 'mask_structure: "2:4"' in recipe and "EfficientXpertModifier" in recipe
+    assert load_sparse(tmp_path / "expert").config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("option", [["--sparsity", 0.6], ["--mask-structure", "2:4"]])
+def test_options_of_the_default_recipe_contradict_another_recipe(model, text, tmp_path, option):
+    result = efx_prune(model, tmp_path / "expert", text, "expert_50", *option)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"efx: {option[0]} is for the default recipe and expert_50 has its own")
+
+
+def test_help_names_the_recipes():
+    helped = " ".join(efx("prune", "--help").stdout.replace("│", " ").split())
+    for path in RECIPES.glob("*.yaml"):
+        assert path.stem in helped
+
+
 BROKEN_RECIPES = {
     "misspelt argument": ("sparsity: 0.5", "sparsty: 0.5", ["'sparsty'", "did you mean 'sparsity'"]),
     "wrong type": ("sparsity: 0.5", "sparsity: half", ["sparsity"]),

@@ -15,7 +15,7 @@ def messages(path: Path) -> list[tuple[int, str]]:
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         name = getattr(node.func, "id", getattr(node.func, "attr", None)) if isinstance(node, ast.Call) else None
-        if name in ("EfxError", "SparseCheckpointError") and node.args:
+        if name in ("EfxError", "UsageError", "SparseCheckpointError") and node.args:
             parts = node.args[0].values if isinstance(node.args[0], ast.JoinedStr) else [node.args[0]]
             text = "".join(str(part.value) if isinstance(part, ast.Constant) else " " for part in parts)
             found.append((node.lineno, text))

@@ -7,17 +7,16 @@ from typing import Any
 
 import datasets
 import torch
-import yaml
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import repack_moe
 from llmcompressor.recipe import Recipe
 from loguru import logger
 from peft import PeftModel
-from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from efx_plugin.checkpoint import linear_bytes, save_sparse
 from efx_plugin.checkpoint.storage.atomic import refuse_existing
+from efx_plugin.compress.recipe import RecipeText
 from efx_plugin.engine.blocks import linears_outside_blocks
 from efx_plugin.engine.compute_dtype import choose_compute_dtype, convert, restore, stored_dtype
 from efx_plugin.errors import EfxError
@@ -32,7 +31,7 @@ def prune_to_checkpoint(
     model: Path,
     output: Path,
     *,
-    recipe: Path,
+    recipe: RecipeText,
     dataset: Path,
     adapter: Path | None = None,
     samples: int = 128,
@@ -46,7 +45,7 @@ def prune_to_checkpoint(
     Args:
         model: directory of a causal language model with its tokenizer.
         output: directory to write.
-        recipe: llm-compressor recipe in YAML.
+        recipe: what to prune, and how.
         dataset: calibration text, see `calibration_set`.
         adapter: directory of a LoRA adapter, merged in fp32.
         samples, length: number and tokens of the calibration sequences.
@@ -61,7 +60,7 @@ def prune_to_checkpoint(
         EfxError: any input is unfit; nothing is written then.
     """
     refuse_existing(output)
-    loaded_recipe = load_recipe(recipe)
+    loaded_recipe = recipe.instantiate()
     sources = inspect_sources(model, adapter)
     for line in sources.describe():
         logger.info(line)
@@ -100,7 +99,7 @@ def prune_to_checkpoint(
         output,
         structure=structure,
         companions=sources.companions,
-        recipe=recipe,
+        recipe=recipe.text,
         metadata=metadata,
         progress=progress,
     )
@@ -118,43 +117,6 @@ def _leave_alone(recipe: Recipe, layers: list[str]) -> None:
             # SparseGPT and Wanda put a full stop behind the names of layers that are targeted as "Linear".
             names = [rf"re:{re.escape(layer)}\.?$" for layer in layers]
             modifier.ignore = [*([ignored] if isinstance(ignored, str) else ignored), *names]
-
-
-def load_recipe(path: Path) -> Recipe:
-    """Read a recipe and refuse what llm-compressor would silently skip.
-
-    llm-compressor ignores every key outside of `NAME_stage: / NAME_modifiers:` and then reports success.
-
-    Raises:
-        EfxError: not YAML, no modifier in it, a modifier without arguments, or an argument it does not take.
-    """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise EfxError(f"the recipe {path} cannot be read ({reason}): correct the file") from error
-    shape = "NAME_stage: {NAME_modifiers: {MODIFIER: {argument: value}}}"
-    if not isinstance(content, dict):
-        raise EfxError(f"the recipe {path} is no mapping: write it as {shape}")
-    for stage, groups in content.items():
-        if not (stage.endswith("_stage") and isinstance(groups, dict)):
-            raise EfxError(f"{stage!r} in the recipe {path} would be ignored: write it as {shape}")
-        for group, modifiers in groups.items():
-            if not (group.endswith("_modifiers") and isinstance(modifiers, dict)):
-                raise EfxError(f"{group!r} in the recipe {path} would be ignored: write it as {shape}")
-            for modifier, arguments in modifiers.items():
-                if not isinstance(arguments, dict):
-                    raise EfxError(f"{modifier} in the recipe {path} has no arguments: write {modifier}: {{}}")
-    try:
-        recipe = Recipe.create_instance(str(path))
-    except ValidationError as error:
-        reasons = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise EfxError(f"{error.title} in the recipe {path} has a wrong argument ({reasons})") from error
-    except ValueError as error:
-        raise EfxError(f"the recipe {path} cannot be used: {error}") from error
-    if not recipe.modifiers:
-        raise EfxError(f"the recipe {path} names no modifier: write it as {shape}")
-    return recipe
 
 
 def calibration_set(path: Path, tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int) -> datasets.Dataset:

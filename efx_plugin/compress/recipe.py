@@ -35,27 +35,30 @@ class RecipeText:
         """The modifiers, made by llm-compressor.
 
         Raises:
-            UsageError: a modifier that does not exist, or an argument that it does not take.
+            EfxError: a modifier that does not exist, or an argument that it does not take.
         """
         from llmcompressor.recipe import Recipe
         from pydantic import ValidationError
 
+        import efx_plugin.modifier  # noqa: F401  (known to llm-compressor by name from then on)
+
         try:
             return Recipe.from_dict(self.content)
         except EfxError as error:
-            raise UsageError(f"{self.label}: {error}") from error
+            raise EfxError(f"{self.label}: {error}") from error
         except ValidationError as error:
             reasons = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-            raise UsageError(f"{error.title} in {self.label} has a wrong argument ({reasons})") from error
+            raise EfxError(f"{error.title} in {self.label} has a wrong argument ({reasons})") from error
         except (ValueError, TypeError) as error:
-            raise UsageError(f"{self.label} cannot be used: {' '.join(str(error).split()).rstrip('.')}") from error
+            raise EfxError(f"{self.label} cannot be used: {' '.join(str(error).split()).rstrip('.')}") from error
 
 
 def find_recipe(named: str) -> RecipeText:
     """A recipe by the name of one that comes with the package, or by its path.
 
     Raises:
-        UsageError: there is no such recipe, or it is not one that llm-compressor would carry out as it stands.
+        UsageError: there is no such recipe.
+        EfxError: it is not one that llm-compressor would carry out as it stands.
     """
     builtin = builtin_recipes()
     path = builtin.get(named, Path(named))
@@ -67,9 +70,9 @@ def find_recipe(named: str) -> RecipeText:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{label} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
+        raise EfxError(f"{label} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
     except OSError as error:
-        raise UsageError(f"{label} cannot be read: {error.strerror}") from error
+        raise EfxError(f"{label} cannot be read: {error.strerror}") from error
     return RecipeText(label, text, _parse(text, label))
 
 
@@ -115,22 +118,22 @@ def _parse(text: str, label: str) -> dict[str, Any]:
     try:
         content = yaml.load(text, Loader=_UniqueKeys)  # a safe loader
     except _DuplicateKeyError as error:
-        raise UsageError(f"{label} has the key {error.key!r} twice, in lines {error.lines}: rename one") from error
+        raise EfxError(f"{label} has the key {error.key!r} twice, in lines {error.lines}: rename one") from error
     except yaml.YAMLError as error:
-        raise UsageError(f"{label} is not YAML ({' '.join(str(error).split())}): correct the file") from error
+        raise EfxError(f"{label} is not YAML ({' '.join(str(error).split())}): correct the file") from error
     if not isinstance(content, dict) or not content:
-        raise UsageError(f"{label} holds no stages: write it as {_SHAPE}")
+        raise EfxError(f"{label} holds no stages: write it as {_SHAPE}")
     for stage, groups in content.items():
         if not (str(stage).endswith("_stage") and isinstance(groups, dict)):
-            raise UsageError(f"{stage!r} in {label} would be ignored: write it as {_SHAPE}")
+            raise EfxError(f"{stage!r} in {label} would be ignored: write it as {_SHAPE}")
         for group, modifiers in groups.items():
             if not (str(group).endswith("_modifiers") and isinstance(modifiers, dict)):
-                raise UsageError(f"{group!r} in {label} would be ignored: write it as {_SHAPE}")
+                raise EfxError(f"{group!r} in {label} would be ignored: write it as {_SHAPE}")
             for modifier, arguments in modifiers.items():
                 if not isinstance(arguments, dict):
-                    raise UsageError(f"{modifier} in {label} has no arguments: write {modifier}: {{}}")
+                    raise EfxError(f"{modifier} in {label} has no arguments: write {modifier}: {{}}")
     if not any(modifiers for groups in content.values() for modifiers in groups.values()):
-        raise UsageError(f"{label} names no modifier: write it as {_SHAPE}")
+        raise EfxError(f"{label} names no modifier: write it as {_SHAPE}")
     return content
 
 
