@@ -1,8 +1,7 @@
 """The operator `efx::sparse_linear`, and the packed weights that it takes.
 
-A kernel has `pack(weight, scales, quantize_activations) -> tuple of tensors`, `linear(x, tensors, bias, out_features)`
-and a `summary`, a phrase for the log. The operator carries the kernel's name and its tensors, whatever they are, so
-that a further kernel changes neither the schema nor any caller.
+The operator carries the kernel's name and its tensors, whatever they are, so that a further kernel changes neither the
+schema nor any caller.
 """
 
 from dataclasses import dataclass
@@ -66,9 +65,19 @@ def pack(
     elif scales is not None or quantize_activations or dtype not in (None, weight.dtype):
         raise EfxError(f"scales, quantized activations and a dtype of their own belong to int8, not to {weight.dtype}")
     dtype = dtype or weight.dtype
-    kernel, reason = choose(weight, dtype)
-    tensors = find(kernel).pack(weight, scales, quantize_activations)
-    return PackedWeight(tensors, out_features, in_features, dtype, kernel, reason)
+    kernel, reason = choose(weight, dtype, scales)
+    tensors = kernel.pack(weight, scales, quantize_activations)
+    return PackedWeight(tensors, out_features, in_features, dtype, kernel.name, reason)
+
+
+def unpack(packed: PackedWeight) -> tuple[Tensor, Tensor | None]:
+    """What `pack` was given, to the bit but for the sign of zeros.
+
+    Returns:
+        The dense weight [out, in], of the packed weight's dtype, and None; or int8 and its float32 scales [out].
+    """
+    weight, scales = find(packed.kernel).unpack(packed.tensors)
+    return (weight.to(packed.dtype) if scales is None else weight), scales
 
 
 def kernel_summary(packed: PackedWeight) -> str:

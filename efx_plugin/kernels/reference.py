@@ -5,6 +5,8 @@ oneDNN's blocked layout, which spares the reordering that `torch.nn.functional.l
 weights are kept as float32, which holds them and nearly all of their sums exactly.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,9 @@ from torch import Tensor
 class ReferenceKernel:
     name = "reference"
     summary = "weights expanded to dense once at load: tokens as dense, no gain in memory or speed"
+
+    def obstacle(self, weight: Tensor, dtype: torch.dtype, scales: Tensor | None) -> None:
+        """It takes every weight."""
 
     def pack(self, weight: Tensor, scales: Tensor | None, quantize_activations: bool) -> tuple[Tensor, ...]:
         """Prepare `weight` [out, in] for `linear`: the weight, in oneDNN's layout where oneDNN takes the dtype, and for
@@ -21,7 +26,7 @@ class ReferenceKernel:
             return (_prepare(weight),)
         return _prepare(weight.float()), scales.clone(), torch.tensor(quantize_activations)
 
-    def linear(self, x: Tensor, packed: list[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
+    def linear(self, x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
         """x [..., in] times the packed weight, plus `bias` [out] if given: [..., out], contiguous."""
         weight, *quantized = packed
         if not quantized:
@@ -34,6 +39,12 @@ class ReferenceKernel:
             scales = scales * x_scales
         y = _linear(activations, weight, None) * scales
         return (y if bias is None else y + bias.float()).to(x.dtype)
+
+    def unpack(self, packed: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The weight [out, in] and its scales [out], of new memory."""
+        weight, *quantized = packed
+        dense = weight.to_dense() if weight.is_mkldnn else weight.clone()
+        return (dense.to(torch.int8), quantized[0].clone()) if quantized else (dense, None)
 
 
 KERNEL = ReferenceKernel()

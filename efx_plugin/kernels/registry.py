@@ -1,9 +1,10 @@
-"""Which kernel a weight is packed for, and why it is not a better one.
+"""The kernels, which of them a weight is packed for, and why it is not a better one.
 
-`EFX_KERNEL` forces a kernel by its name, for debugging.
+`EFX_KERNEL` forces a kernel by its name, for debugging. A new kernel is a class in a new file and a line here.
 """
 
 import os
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -11,65 +12,45 @@ from torch import Tensor
 
 from efx_plugin.errors import EfxError
 from efx_plugin.kernels import native, reference
+from efx_plugin.kernels.protocol import Kernel
 
-REFERENCE = "reference"
-MOST_INT8_COLUMNS = 65_536
+# The first without an obstacle is taken; the last has none.
+KERNELS: tuple[Kernel, ...] = (*native.KERNELS, reference.KERNEL)
 
 
 class Choice(NamedTuple):
-    kernel: str
+    kernel: Kernel
     reason: str | None  # why it is not the best there is; None if it is
 
 
-def find(name: str) -> native.NativeKernel | reference.ReferenceKernel:
+@cache
+def find(name: str) -> Kernel:
     """The kernel of that name."""
-    return reference.KERNEL if name == REFERENCE else native.kernels()[name]
+    return {kernel.name: kernel for kernel in KERNELS}[name]
 
 
-def choose(weight: Tensor, dtype: torch.dtype) -> Choice:
-    """The kernel for a weight [out, in], of a floating dtype or int8, and activations of `dtype`.
+def choose(weight: Tensor, dtype: torch.dtype, scales: Tensor | None) -> Choice:
+    """The kernel for a weight [out, in], of a floating dtype or int8 with `scales` [out], and activations of `dtype`.
 
     Raises:
-        EfxError: EFX_KERNEL names no kernel, or one that cannot run here.
+        EfxError: EFX_KERNEL names no kernel, or one that cannot take the weight here.
     """
-    forced = os.environ.get("EFX_KERNEL")
-    obstacle = _obstacle(weight, dtype)
-    available = [] if obstacle else [kernel.name for kernel in native.kernels().values() if kernel.is_supported]
-    if forced:
-        return Choice(_check(forced, available, obstacle), f"EFX_KERNEL={forced} is set")
-    if obstacle:
-        return Choice(REFERENCE, obstacle)
-    best = next(iter(native.kernels()))
-    reason = None if available[0] == best else f"this processor lacks what {best} needs"
-    return Choice(available[0], reason)
+    if forced := os.environ.get("EFX_KERNEL"):
+        return Choice(_forced(forced, weight, dtype, scales), f"EFX_KERNEL={forced} is set")
+    reason = None
+    for kernel in KERNELS:
+        obstacle = kernel.obstacle(weight, dtype, scales)
+        if obstacle is None:
+            return Choice(kernel, reason)
+        reason = reason or obstacle
+    raise EfxError(f"no kernel takes a weight of {weight.dtype} and shape {tuple(weight.shape)}: {reason}")
 
 
-def _check(name: str, available: list[str], obstacle: str | None) -> str:
-    if name == REFERENCE or name in available:
-        return name
-    if name in native.SUMMARIES:
-        raise EfxError(
-            f"EFX_KERNEL={name}, but {obstacle or 'this processor lacks its instructions'}: unset it, or choose one of "
-            f"{', '.join([*available, REFERENCE])}"
-        )
-    raise EfxError(f"EFX_KERNEL={name} is no kernel: choose one of {', '.join([*native.SUMMARIES, REFERENCE])}")
-
-
-def _obstacle(weight: Tensor, dtype: torch.dtype) -> str | None:
-    """Why no sparse kernel takes the weight."""
-    if weight.device.type != "cpu":
-        return f"there is no sparse kernel for {weight.device.type} devices"
-    if native.library() is None:
-        return (
-            "efx-plugin was installed without a C++ compiler: install g++ and run "
-            "`pip install --force-reinstall --no-deps efx-plugin`"
-        )
-    if weight.numel() == 0:
-        return "the weight is empty"
-    if dtype not in (torch.bfloat16, torch.float32):
-        return f"the sparse kernels take bfloat16 and float32 activations, not {str(dtype).removeprefix('torch.')}"
-    if weight.dtype == torch.float32 and not torch.equal(weight, weight.bfloat16().float()):
-        return "the weights are float32 values that bfloat16 cannot hold"
-    if weight.dtype == torch.int8 and weight.shape[1] > MOST_INT8_COLUMNS:
-        return f"a row has more than {MOST_INT8_COLUMNS} int8 weights, whose products may overflow their sum"
-    return None
+def _forced(name: str, weight: Tensor, dtype: torch.dtype, scales: Tensor | None) -> Kernel:
+    obstacles = {kernel.name: kernel.obstacle(weight, dtype, scales) for kernel in KERNELS}
+    if name not in obstacles:
+        raise EfxError(f"EFX_KERNEL={name} is no kernel: choose one of {', '.join(obstacles)}")
+    if obstacles[name] is not None:
+        available = [other for other, obstacle in obstacles.items() if obstacle is None]
+        raise EfxError(f"EFX_KERNEL={name}, but {obstacles[name]}: unset it, or choose one of {', '.join(available)}")
+    return find(name)

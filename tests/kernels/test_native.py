@@ -14,12 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efx_plugin.kernels import native
+from efx_plugin.kernels import native, registry
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "efx_plugin" / "kernels" / "native"
 CXX = shutil.which("g++")
-ISAS = [kernel.name for kernel in native.kernels().values() if kernel.is_supported]
+ALL = [kernel.name for kernel in native.KERNELS]
+ISAS = [kernel.name for kernel in native.KERNELS if kernel.is_supported]
 KINDS = ["bf16", "int8", "int8_dynamic"]
 DTYPES = [torch.bfloat16, torch.float32]
 HEADER = ("magic", "kind", "rows", "columns", "blocks", "groups", "values")
@@ -42,11 +43,11 @@ def make_weight(kind: str, rows: int, columns: int, density=0.5, seed=0) -> tupl
 
 
 def pack(isa: str, kind: str, weight: torch.Tensor, scales: torch.Tensor | None) -> list[torch.Tensor]:
-    return list(native.kernels()[isa].pack(weight, scales, kind == "int8_dynamic"))
+    return list(registry.find(isa).pack(weight, scales, kind == "int8_dynamic"))
 
 
 def linear(isa: str, x: torch.Tensor, packed: list[torch.Tensor], bias, rows: int) -> torch.Tensor:
-    return native.kernels()[isa].linear(x, packed, bias, rows)
+    return registry.find(isa).linear(x, packed, bias, rows)
 
 
 # Against float64.
@@ -181,6 +182,24 @@ def test_half_the_weights_take_a_little_more_than_half_the_bytes(isa):
 
 
 @every_isa
+@every_kind
+@settings(deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 300),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_unpacking_gives_back_every_bit(isa, kind, rows, columns, density, seed):
+    weight, scales = make_weight(kind, rows, columns, density, seed)
+    unpacked, unpacked_scales = registry.find(isa).unpack(pack(isa, kind, weight, scales))
+    assert unpacked.is_contiguous() and unpacked.dtype == weight.dtype
+    assert torch.equal(unpacked, weight) and not unpacked[weight == 0].float().signbit().any()
+    assert (scales is None) == (unpacked_scales is None)
+    assert scales is None or torch.equal(unpacked_scales, scales)
+
+
+@every_isa
 def test_float32_weights_that_bfloat16_holds_are_packed_as_such(isa):
     weight, _ = make_weight("bf16", 30, 50)
     assert torch.equal(pack(isa, "bf16", weight.float(), None)[0], pack(isa, "bf16", weight, None)[0])
@@ -298,10 +317,10 @@ def test_unknown_numbers_are_refused_by_every_function():
     library = native.library()
     weight, scales = make_weight("int8", 20, 12)
     (buffer,) = pack(ISAS[-1], "int8", weight, scales)
-    index = list(native.kernels()).index(ISAS[-1])
+    index = ALL.index(ISAS[-1])
     x, y = torch.randn(2, 12), torch.empty(2, 20)
     w, s, b = weight.data_ptr(), scales.data_ptr(), (buffer.data_ptr(), buffer.numel())
-    for isa in (-1, len(native.kernels()), 2**40):
+    for isa in (-1, len(ALL), 2**40):
         assert library.efx_isa_name(isa) is None and not library.efx_isa_supported(isa)
         refused(library.efx_packed_size(isa, 1, w, 20, 12, 1), UNSUPPORTED)
         refused(library.efx_pack(isa, 1, w, 20, 12, s, *b, 1), UNSUPPORTED)
@@ -342,7 +361,7 @@ def compile_replay(folder: Path) -> Path:
     common = [CXX, "-std=c++17", "-O1", "-g0", "-w", "-fopenmp", "-ffp-contract=off", f"-I{SOURCES}"]
     common += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "--param", "asan-stack=0"]
     fewer = ["-fno-sanitize=null,object-size,alignment", "--param", "asan-instrumentation-with-call-threshold=0"]
-    vector = INSTRUCTIONS if "avx2" in native.kernels() else {}
+    vector = INSTRUCTIONS if "avx2" in ALL else {}
     common += ["-DEFX_WITH_X86"] if vector else []
 
     def compile_one(source: Path) -> Path:
@@ -400,7 +419,7 @@ def call_in_process(call: dict[str, int], arrays: list[torch.Tensor | None]) -> 
 @pytest.mark.skipif(CXX is None or platform.system() != "Linux", reason="needs the sanitizers of g++ on Linux")
 def test_no_call_makes_the_sanitizers_report(tmp_path):
     rng = np.random.default_rng(0)
-    indices = [list(native.kernels()).index(isa) for isa in ISAS]
+    indices = [ALL.index(isa) for isa in ISAS]
     calls = [make_call(rng, isa) for isa in indices for _ in range(100)]
     with open(tmp_path / "calls", "wb") as file:
         for call, arrays in calls:

@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efx_plugin.errors import EfxError
-from efx_plugin.kernels import PackedWeight, kernel_summary, native, pack, registry, sparse_linear
+from efx_plugin.kernels import PackedWeight, kernel_summary, pack, registry, sparse_linear, unpack
 
-KERNELS = [*(kernel.name for kernel in native.kernels().values() if kernel.is_supported), registry.REFERENCE]
+WEIGHT = torch.eye(4)
+KERNELS = [kernel.name for kernel in registry.KERNELS if kernel.obstacle(WEIGHT, WEIGHT.dtype, None) is None]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
-@pytest.fixture(params=[KERNELS[0], registry.REFERENCE])
+@pytest.fixture(params=[KERNELS[0], KERNELS[-1]])
 def kernel(request, monkeypatch) -> str:
     """The best kernel and the reference, forced in turn."""
     monkeypatch.setenv("EFX_KERNEL", request.param)
@@ -90,7 +91,7 @@ def test_is_a_well_formed_operator(dtype, shape, with_bias):
 
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_the_reference_is_a_well_formed_operator(monkeypatch, with_bias):
-    monkeypatch.setenv("EFX_KERNEL", registry.REFERENCE)
+    monkeypatch.setenv("EFX_KERNEL", "reference")
     packed = pack(sparse_weight(40, 24, 0.5))
     check_operator(torch.randn(3, 24).bfloat16(), packed, torch.randn(40).bfloat16() if with_bias else None)
 
@@ -132,6 +133,29 @@ def test_int8_weights_are_scaled_row_by_row(kernel, dtype, quantize_activations)
         activations = (x.float() * step.reciprocal()).round().double() * step.double()
     expected = activations @ (scales[:, None] * weight).double().T + bias.double()
     torch.testing.assert_close(sparse_linear(x, packed, bias), expected.to(dtype), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", KERNELS)
+def test_unpacking_gives_back_every_bit(monkeypatch, name, dtype):
+    weight = sparse_weight(37, 50, 0.5).to(dtype)
+    if name == "reference" or dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setenv("EFX_KERNEL", name)
+    unpacked, scales = unpack(pack(weight))
+    assert unpacked.dtype == dtype and scales is None
+    assert torch.equal(unpacked, weight)
+
+
+@pytest.mark.parametrize("quantize_activations", [False, True])
+@pytest.mark.parametrize("name", KERNELS)
+def test_unpacking_gives_back_int8_and_scales(monkeypatch, name, quantize_activations):
+    monkeypatch.setenv("EFX_KERNEL", name)
+    weight = torch.randint(-128, 128, (37, 50), dtype=torch.int8) * (torch.rand(37, 50) < 0.5)
+    scales = torch.rand(37)
+    packed = pack(weight, scales=scales, dtype=torch.bfloat16, quantize_activations=quantize_activations)
+    unpacked = unpack(packed)
+    assert [tensor.dtype for tensor in unpacked] == [torch.int8, torch.float32]
+    assert torch.equal(unpacked[0], weight) and torch.equal(unpacked[1], scales)
 
 
 @pytest.mark.parametrize("weight", [torch.ones(4), torch.ones(2, 2, 2), torch.ones(4, 4, dtype=torch.int32)])

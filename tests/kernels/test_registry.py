@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from efx_plugin.errors import EfxError
-from efx_plugin.kernels import kernel_summary, native, pack, registry, sparse_linear
+from efx_plugin.kernels import kernel_summary, native, pack, reference, registry, sparse_linear
 
-SUPPORTED = [kernel.name for kernel in native.kernels().values() if kernel.is_supported]
+SUPPORTED = [kernel.name for kernel in native.KERNELS if kernel.is_supported]
 needs_library = pytest.mark.skipif(not SUPPORTED, reason="the kernels are not compiled")
 
 
@@ -38,7 +38,7 @@ def test_the_best_that_the_processor_has_is_chosen(dtype):
 
 
 @needs_library
-@pytest.mark.parametrize("name", [*SUPPORTED, registry.REFERENCE])
+@pytest.mark.parametrize("name", [*SUPPORTED, "reference"])
 def test_each_kernel_can_be_forced(monkeypatch, name):
     monkeypatch.setenv("EFX_KERNEL", name)
     packed = pack(sparse_weight())
@@ -54,21 +54,22 @@ def test_a_name_of_no_kernel_is_refused(monkeypatch):
 
 @needs_library
 def test_a_processor_that_lacks_the_best_gets_the_next_and_refuses_to_be_forced(monkeypatch):
-    best, *rest = native.kernels()
-    monkeypatch.setattr(native.kernels()[best], "is_supported", False)
-    available = [name for name in rest if native.kernels()[name].is_supported]
+    best, *rest = native.KERNELS
+    monkeypatch.setattr(best, "is_supported", False)
+    available = [*(kernel.name for kernel in rest if kernel.is_supported), "reference"]
     packed = pack(sparse_weight())
-    assert packed.kernel == [*available, registry.REFERENCE][0]
-    assert kernel_summary(packed).endswith(f"; this processor lacks what {best} needs")
-    monkeypatch.setenv("EFX_KERNEL", best)
-    with pytest.raises(EfxError, match=f"this processor lacks its instructions.*{', '.join(available)}, reference$"):
+    assert packed.kernel == available[0]
+    assert kernel_summary(packed).endswith(f"; this processor lacks what {best.name} needs")
+    monkeypatch.setenv("EFX_KERNEL", best.name)
+    with pytest.raises(EfxError, match=f"this processor lacks what {best.name} needs.*one of {', '.join(available)}$"):
         pack(sparse_weight())
 
 
 def test_without_the_library_the_reference_serves_and_says_what_to_do(monkeypatch):
     monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(registry, "KERNELS", (*native.kernels(), reference.KERNEL))
     packed = pack(sparse_weight())
-    assert packed.kernel == registry.REFERENCE
+    assert packed.kernel == "reference"
     assert "install g++ and run `pip install --force-reinstall" in kernel_summary(packed)
     monkeypatch.setenv("EFX_KERNEL", "portable")
     with pytest.raises(EfxError, match=r"EFX_KERNEL=portable, but .* without a C\+\+ compiler"):
@@ -76,7 +77,7 @@ def test_without_the_library_the_reference_serves_and_says_what_to_do(monkeypatc
 
 
 def wide_int8() -> dict:
-    weight = torch.zeros(1, registry.MOST_INT8_COLUMNS + 1, dtype=torch.int8)
+    weight = torch.zeros(1, native.MOST_INT8_COLUMNS + 1, dtype=torch.int8)
     return {"weight": weight, "scales": torch.ones(1), "dtype": torch.bfloat16}
 
 
@@ -95,7 +96,7 @@ def wide_int8() -> dict:
 )
 def test_what_no_sparse_kernel_takes_is_left_to_the_reference(monkeypatch, arguments, reason):
     packed = pack(**arguments)
-    assert packed.kernel == registry.REFERENCE
+    assert packed.kernel == "reference"
     assert reason in kernel_summary(packed)
     monkeypatch.setenv("EFX_KERNEL", "portable")
     with pytest.raises(EfxError, match=f"{reason}.*choose one of reference$"):

@@ -5,10 +5,12 @@ threads may use it at once.
 """
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +22,10 @@ _PROBLEMS = {  # `Status` in layout.hpp
 }
 _KINDS = {"bf16": 0, "int8": 1, "int8_dynamic": 2}
 _TYPES = {torch.bfloat16: 0, torch.float32: 1}
+_BLOCK = 16  # rows that share a group: `kBlock` in layout.hpp
+_HEADER = 13  # numbers in `Header`
+
+MOST_INT8_COLUMNS = 65_536
 
 SUMMARIES = {
     "avx512_bf16": "non-zeros expanded in registers, AVX-512 dot products",
@@ -45,17 +51,37 @@ class NativeKernel:
     """One instruction set.
 
     Args:
-        library: the compiled module.
+        name: one of `SUMMARIES`.
+        library: the compiled module; None if there is none, which is an obstacle for every weight.
         index: the module's number of the instruction set.
     """
 
-    def __init__(self, library: ModuleType, index: int) -> None:
+    def __init__(self, name: str, library: ModuleType | None, index: int) -> None:
+        self.name = name
+        self.summary = SUMMARIES[name]
         self.library = library
         self.index = index
-        self.name: str = library.efx_isa_name(index)
-        self.is_supported = bool(library.efx_isa_supported(index))
-        self.summary = SUMMARIES[self.name]
-        self._linear = library.efx_linear
+        self.is_supported = library is not None and bool(library.efx_isa_supported(index))
+        self._linear = None if library is None else library.efx_linear
+
+    def obstacle(self, weight: Tensor, dtype: torch.dtype, scales: Tensor | None) -> str | None:
+        """Why the weight [out, in] cannot be packed: its device, dtypes or values, or what this machine lacks."""
+        if weight.device.type != "cpu":
+            return f"there is no sparse kernel for {weight.device.type} devices"
+        if self.library is None:
+            return (
+                "efx-plugin was installed without a C++ compiler: install g++ and run "
+                "`pip install --force-reinstall --no-deps efx-plugin`"
+            )
+        if weight.numel() == 0:
+            return "the weight is empty"
+        if dtype not in _TYPES:
+            return f"the sparse kernels take bfloat16 and float32 activations, not {str(dtype).removeprefix('torch.')}"
+        if weight.dtype == torch.float32 and not torch.equal(weight, weight.bfloat16().float()):
+            return "the weights are float32 values that bfloat16 cannot hold"
+        if weight.dtype == torch.int8 and weight.shape[1] > MOST_INT8_COLUMNS:
+            return f"a row has more than {MOST_INT8_COLUMNS} int8 weights, whose products may overflow their sum"
+        return None if self.is_supported else f"this processor lacks what {self.name} needs"
 
     def pack(self, weight: Tensor, scales: Tensor | None, quantize_activations: bool) -> tuple[Tensor]:
         """Pack a weight [out, in] on the CPU, bfloat16 values or int8 with `scales` float32 [out]: one uint8 tensor."""
@@ -69,7 +95,7 @@ class NativeKernel:
         _succeed(self.library.efx_pack(*shape, pointer, buffer.data_ptr(), buffer.numel(), threads))
         return (buffer,)
 
-    def linear(self, x: Tensor, packed: list[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
+    def linear(self, x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
         """x [..., in], bfloat16 or float32, times the packed weight, plus `bias` [out] of x's dtype if given."""
         buffer = packed[0]
         if not x.is_contiguous():
@@ -99,14 +125,36 @@ class NativeKernel:
             _succeed(status)
         return y
 
+    def unpack(self, packed: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The weight [out, in], bfloat16 or int8, and the scales float32 [out] of int8."""
+        (buffer,) = packed
+        _, kind, rows, columns, blocks, groups, count, scales_at, _, _, masks_at, values_at, _ = (
+            buffer[: 8 * _HEADER].view(torch.int64).tolist()
+        )
+        dtype, width = (torch.bfloat16, 2) if kind == _KINDS["bf16"] else (torch.int8, 4)
+        masks = buffer[masks_at : masks_at + blocks * groups * _BLOCK * width // 8].numpy()
+        kept = torch.from_numpy(np.unpackbits(masks, bitorder="little").view(bool))
+        values = buffer[values_at : values_at + count * dtype.itemsize].view(dtype)
+        dense = torch.zeros(kept.shape, dtype=dtype).masked_scatter_(kept, values)
+        dense = dense.view(blocks, groups, _BLOCK, width).transpose(1, 2).reshape(blocks * _BLOCK, groups * width)
+        scales = None
+        if dtype == torch.int8:
+            scales = buffer[scales_at : scales_at + 4 * rows].view(torch.float32).clone()
+        return dense[:rows, :columns].contiguous(), scales
 
-@cache
-def kernels() -> dict[str, NativeKernel]:
-    """The instruction sets that the library was built with, by name, best first; none if it was not built."""
-    found = []
-    while library() is not None and library().efx_isa_name(len(found)):
-        found.append(NativeKernel(library(), len(found)))
-    return {kernel.name: kernel for kernel in found}
+
+def kernels() -> tuple[NativeKernel, ...]:
+    """The instruction sets that the library was built with, best first; all of `SUMMARIES` if it was not built."""
+    compiled = library()
+    if compiled is None:
+        return tuple(NativeKernel(name, None, index) for index, name in enumerate(SUMMARIES))
+    built = []
+    while name := compiled.efx_isa_name(len(built)):
+        built.append(NativeKernel(name, compiled, len(built)))
+    return tuple(built)
+
+
+KERNELS = kernels()
 
 
 def _succeed(result: int) -> int:
