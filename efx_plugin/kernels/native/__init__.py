@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,10 +60,10 @@ class NativeKernel:
     def __init__(self, name: str, library: ModuleType | None, index: int) -> None:
         self.name = name
         self.summary = SUMMARIES[name]
-        self.library = library
+        self.library: Any = library
         self.index = index
         self.is_supported = library is not None and bool(library.efx_isa_supported(index))
-        self._linear = None if library is None else library.efx_linear
+        self._linear: Any = None if library is None else library.efx_linear
 
     def obstacle(self, weight: Tensor, dtype: torch.dtype, scales: Tensor | None) -> str | None:
         """Why the weight [out, in] cannot be packed: its device, dtypes or values, or what this machine lacks."""
@@ -148,7 +149,7 @@ def kernels() -> tuple[NativeKernel, ...]:
     compiled = library()
     if compiled is None:
         return tuple(NativeKernel(name, None, index) for index, name in enumerate(SUMMARIES))
-    built = []
+    built: list[NativeKernel] = []
     while name := compiled.efx_isa_name(len(built)):
         built.append(NativeKernel(name, compiled, len(built)))
     return tuple(built)
