@@ -34,7 +34,7 @@ class ScoreCounts:
     def sparsities(self) -> dict[str, float]:
         """The fraction that each group loses when all entries compete: those below one threshold for all."""
         total = round(self._sparsity * sum(self._sizes.values()))
-        cumulative = sum(self._eligible.values()).cumsum(0)
+        cumulative = torch.stack(list(self._eligible.values())).sum(dim=0).cumsum(0)
         threshold = int(torch.searchsorted(cumulative, total))
         below = int(cumulative[threshold - 1]) if threshold else 0
         part = (total - below) / max(1, int(cumulative[threshold]) - below)

@@ -8,6 +8,7 @@ adapter afterwards adds nothing.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from compressed_tensors.utils import update_offload_parameter
@@ -24,6 +25,16 @@ from efx_plugin.errors import EfxError
 from efx_plugin.model.adapter_kinds import refuse_config, refuse_type
 
 
+class LoraParts(Protocol):
+    """What a LoRA layer of PEFT holds of each of its adapters, by the adapter's name."""
+
+    lora_A: Mapping[str, nn.Linear]
+    lora_B: Mapping[str, nn.Linear]
+    lora_dropout: Mapping[str, nn.Module]
+    r: Mapping[str, int]
+    scaling: Mapping[str, float]
+
+
 @dataclass(frozen=True)
 class LinearLayer:
     """A linear layer of the model, wrapped by LoRA or not.
@@ -37,6 +48,13 @@ class LinearLayer:
     name: str
     module: nn.Module
     base: nn.Linear
+
+    @property
+    def lora(self) -> LoraParts:
+        """The LoRA layer around the Linear, for the adapters that `active_adapters` names."""
+        module: Any = self.module
+        parts: LoraParts = module
+        return parts
 
 
 def inner_model(model: nn.Module) -> nn.Module:
@@ -53,7 +71,8 @@ def linear_layers(model: nn.Module) -> list[LinearLayer]:
     Raises:
         EfxError: an adapter other than plain LoRA sits on a linear layer, or its weight is quantized.
     """
-    layers, wrapped = [], ()
+    layers: list[LinearLayer] = []
+    wrapped: tuple[str, ...] = ()
     for name, module in inner_model(model).named_modules():
         if wrapped and name.startswith(wrapped):
             continue
@@ -78,16 +97,16 @@ def effective_weight(layer: LinearLayer) -> Tensor:
     """U = W + Σ s·B A over the active adapters that are not merged yet, fp32 [out, in]."""
     weight = read_parameter(layer.base.weight).to(torch.float32, copy=True)
     for adapter in active_adapters(layer):
-        lora_a = read_parameter(layer.module.lora_A[adapter].weight).float()
-        lora_b = read_parameter(layer.module.lora_B[adapter].weight).float()
-        weight = torch.addmm(weight, lora_b, lora_a, alpha=layer.module.scaling[adapter])
+        lora_a = read_parameter(layer.lora.lora_A[adapter].weight).float()
+        lora_b = read_parameter(layer.lora.lora_B[adapter].weight).float()
+        weight = torch.addmm(weight, lora_b, lora_a, alpha=layer.lora.scaling[adapter])
     return weight
 
 
 def stacked_adapter(layer: LinearLayer) -> Tensor | None:
     """A' = s·A of the active adapters, one below the other, fp32 [rank of all, in]; None where there is none."""
     parts = [
-        layer.module.scaling[adapter] * read_parameter(layer.module.lora_A[adapter].weight).float()
+        layer.lora.scaling[adapter] * read_parameter(layer.lora.lora_A[adapter].weight).float()
         for adapter in active_adapters(layer)
     ]
     return torch.cat(parts) if parts else None
@@ -101,8 +120,8 @@ def add_to_adapter(layer: LinearLayer, update: Tensor) -> None:
         update: [out, rank of all].
     """
     adapters = active_adapters(layer)
-    for adapter, part in zip(adapters, update.split([layer.module.r[name] for name in adapters], dim=1), strict=True):
-        lora_b = layer.module.lora_B[adapter]
+    for adapter, part in zip(adapters, update.split([layer.lora.r[name] for name in adapters], dim=1), strict=True):
+        lora_b = layer.lora.lora_B[adapter]
         write_parameter(lora_b, read_parameter(lora_b.weight).float() + part)
 
 
@@ -111,13 +130,14 @@ def absorb(layer: LinearLayer, weight: Tensor) -> None:
     """Store `weight` [out, in] in the base layer, rounded once to its dtype, and zero B of the active adapters."""
     write_parameter(layer.base, weight)
     for adapter in active_adapters(layer):
-        lora_b = layer.module.lora_B[adapter]
+        lora_b = layer.lora.lora_B[adapter]
         write_parameter(lora_b, torch.zeros_like(lora_b.weight))
 
 
 def read_parameter(parameter: Tensor) -> Tensor:
     """A parameter without its history, gathered where FSDP2 shards it: then every process has to ask."""
-    return parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+    parameter = parameter.detach()
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 @torch.no_grad()
@@ -162,7 +182,8 @@ def merge_adapters(model: PeftModel, masks: Mapping[str, Tensor] | None = None) 
         if name in masks or active_adapters(layer):
             weight = effective_weight(layer)
             absorb(layer, weight * masks[name] if name in masks else weight)
-    return model.merge_and_unload()  # adds nothing any more
+    plain: nn.Module = model.merge_and_unload()  # adds nothing any more
+    return plain
 
 
 def refuse_adapters(model: PeftModel) -> None:

@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -51,13 +52,29 @@ class PropagationMap:
     down_norm: str | None = None
 
 
-_QK_NORMS = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
-_NORMS_BEHIND = {
+class _QueryKeyNorms(TypedDict):
+    query_norm: str
+    key_norm: str
+
+
+class _StreamNorms(TypedDict):
+    output_norm: str | None
+    mlp_norm: str | None
+    down_norm: str | None
+
+
+_QK_NORMS: _QueryKeyNorms = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
+_NORMS_BEFORE: _StreamNorms = {
+    "output_norm": None,
+    "mlp_norm": "post_attention_layernorm",
+    "down_norm": None,
+}
+_NORMS_BEHIND: _StreamNorms = {
     "output_norm": "post_attention_layernorm",
     "mlp_norm": None,
     "down_norm": "post_feedforward_layernorm",
 }
-_NORMS_AROUND = _NORMS_BEHIND | {"mlp_norm": "pre_feedforward_layernorm"}
+_NORMS_AROUND: _StreamNorms = _NORMS_BEHIND | {"mlp_norm": "pre_feedforward_layernorm"}
 
 PROPAGATION_MAPS = {
     "LlamaForCausalLM": PropagationMap(),
@@ -170,7 +187,8 @@ def block_map(model: nn.Module, block: str, layers: list[LinearLayer]) -> BlockM
         if any(parameter.dim() == 3 for parameter in module.parameters()):
             raise _Unfit("whose experts are fused into one tensor, which llm-compressor's linearize_moe takes apart")
         names = PROPAGATION_MAPS.get(architecture) or generate_map(module, by_name)
-        return _resolve(names, module, by_name, model.config.get_text_config())
+        config: Any = model.config
+        return _resolve(names, module, by_name, config.get_text_config())
     except _Unfit as reason:
         raise EfxError(
             f"there is no propagation map for {architecture}, {reason} ({block}): use propagation 'block' or 'fisher', "
@@ -181,7 +199,7 @@ def block_map(model: nn.Module, block: str, layers: list[LinearLayer]) -> BlockM
 # ------------------------------------------------------------------------------------------------ resolving
 
 
-def _resolve(names: PropagationMap, block: nn.Module, by_name: dict[str, LinearLayer], config) -> BlockMap:
+def _resolve(names: PropagationMap, block: nn.Module, by_name: dict[str, LinearLayer], config: Any) -> BlockMap:
     attention = _attention(names, block, by_name, config)
     parents = dict.fromkeys(name.rpartition(".")[0] for name in by_name)
     paths = [path for path in parents if _matches(path, names.mlp)]
@@ -198,7 +216,7 @@ def _resolve(names: PropagationMap, block: nn.Module, by_name: dict[str, LinearL
     )
 
 
-def _attention(names: PropagationMap, block: nn.Module, by_name: dict[str, LinearLayer], config) -> Attention:
+def _attention(names: PropagationMap, block: nn.Module, by_name: dict[str, LinearLayer], config: Any) -> Attention:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -210,8 +228,9 @@ def _attention(names: PropagationMap, block: nn.Module, by_name: dict[str, Linea
     )
     norms = {role: _module(block, getattr(names, role)) for role in ("query_norm", "key_norm")}
     for norm, rows in zip(norms.values(), (query, key), strict=True):
-        if norm is not None and norm.weight.shape not in ((width,), (rows.stop - rows.start,)):
-            raise _Unfit(f"where a norm of shape {tuple(norm.weight.shape)} fits neither a head nor all of them")
+        gain: Any = None if norm is None else norm.weight
+        if gain is not None and gain.shape not in ((width,), (rows.stop - rows.start,)):
+            raise _Unfit(f"where a norm of shape {tuple(gain.shape)} fits neither a head nor all of them")
     rotary_dim = int(width * _partial_rotary_factor(config))
     if rotary_dim % 2:
         raise _Unfit(f"whose heads have {rotary_dim} channels to rotate in pairs")
@@ -293,11 +312,11 @@ def _matches(path: str, pattern: str) -> bool:
     return path == pattern
 
 
-def _partial_rotary_factor(config) -> float:
+def _partial_rotary_factor(config: Any) -> float:
     """Of all layers: rope parameters may be kept by the type of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
     groups = [group for group in parameters.values() if isinstance(group, dict)] or [parameters]
-    factors = {group.get("partial_rotary_factor", 1.0) for group in groups}
+    factors: set[float] = {group.get("partial_rotary_factor", 1.0) for group in groups}
     if len(factors) > 1:
         raise _Unfit("whose layers rotate different parts of a head")
     return factors.pop()
@@ -320,8 +339,8 @@ _PROJECTIONS = {
 _GATED = {"gate": re.compile(r"gate(_proj)?"), "up": re.compile(r"up(_proj)?")}
 
 # Where the norms of a block are, by the names of all of them.
-_NORM_LAYOUTS = {
-    frozenset({"input_layernorm", "post_attention_layernorm"}): {},
+_NORM_LAYOUTS: dict[frozenset[str], _StreamNorms] = {
+    frozenset({"input_layernorm", "post_attention_layernorm"}): _NORMS_BEFORE,
     frozenset({"post_attention_layernorm", "post_feedforward_layernorm"}): _NORMS_BEHIND,
     frozenset(
         {"input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"}
@@ -373,7 +392,7 @@ def generate_map(block: nn.Module, by_name: dict[str, LinearLayer]) -> Propagati
     return found
 
 
-def _roles(leaves: list[str], spellings: dict[str, re.Pattern], consumer: str) -> dict[str, str] | None:
+def _roles(leaves: list[str], spellings: dict[str, re.Pattern[str]], consumer: str) -> dict[str, str] | None:
     found = {role: [leaf for leaf in leaves if spelling.fullmatch(leaf)] for role, spelling in spellings.items()}
     rest = [leaf for leaf in leaves if not any(leaf in matching for matching in found.values())]
     if any(len(matching) != 1 for matching in found.values()) or len(rest) != 1:
@@ -406,17 +425,19 @@ def _rotates_last_and_always(attention: nn.Module) -> bool:
         source = textwrap.dedent(inspect.getsource(type(attention).forward))
     except (OSError, TypeError):
         return False
-    statements = ast.parse(source).body[0].body
+    function = ast.parse(source).body[0]
+    if not isinstance(function, ast.FunctionDef):
+        return False
     rotations = [
         index
-        for index, statement in enumerate(statements)
+        for index, statement in enumerate(function.body)
         if isinstance(statement, ast.Assign)
         and isinstance(statement.value, ast.Call)
         and getattr(statement.value.func, "id", None) == "apply_rotary_pos_emb"
     ]
     norms = [
         index
-        for index, statement in enumerate(statements)
+        for index, statement in enumerate(function.body)
         for node in ast.walk(statement)
         if isinstance(node, ast.Attribute) and node.attr in ("q_norm", "k_norm")
     ]
@@ -440,7 +461,7 @@ def _mlp_pattern(block: nn.Module, mlps: dict[str, dict[str, str]]) -> str:
     return pattern
 
 
-def _norm_layout(block: nn.Module, sublayers: set[str]) -> dict[str, str | None]:
+def _norm_layout(block: nn.Module, sublayers: set[str]) -> _StreamNorms:
     norms = frozenset(_others(block, sublayers))
     if norms not in _NORM_LAYOUTS:
         raise _Unfit(f"whose blocks have {', '.join(sorted(norms)) or 'no norms'} beside attention and MLP")

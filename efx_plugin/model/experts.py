@@ -4,6 +4,7 @@ import inspect
 import re
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,15 +66,15 @@ class CountedRows:
             expert = self._block.get_submodule(f"{path}.{index}")
             register(expert, partial(self._see_expert, path, index), "forward_pre")
 
-    def _see_experts(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _see_experts(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         if "top_k_index" in given:
             self._routing[path] = _Routing(given["hidden_states"], given["top_k_index"], given["top_k_weights"])
 
-    def _forget_experts(self, path: str, *_) -> None:
+    def _forget_experts(self, path: str, *_: object) -> None:
         self._routing.pop(path, None)  # it holds on to the hidden states
 
-    def _see_expert(self, path: str, index: int, _module: nn.Module, args: tuple) -> None:
+    def _see_expert(self, path: str, index: int, _module: nn.Module, args: tuple[Any, ...]) -> None:
         self._whole[path, index] = path in self._routing and args[0] is self._routing[path].hidden
 
     def expert(self, name: str) -> tuple[str, int] | None:

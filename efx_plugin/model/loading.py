@@ -252,10 +252,9 @@ def _add_adapter(model: PreTrainedModel, adapter: AdapterFiles, vocabulary: int 
         raise EfxError(
             f"the adapter in {adapter.folder} cannot be merged ({one_line(error)}): train a plain LoRA adapter instead"
         ) from error
-    if not any(isinstance(module, BaseTunerLayer) for module in adapted.modules()):
-        plain: nn.Module = adapted.unload()
-        return plain
-    return adapted.eval()
+    unmerged = any(isinstance(module, BaseTunerLayer) for module in adapted.modules())
+    loaded: nn.Module = adapted.eval() if unmerged else adapted.unload()
+    return loaded
 
 
 def _belongs_to_adapter(model: PeftModel, name: str) -> bool:
@@ -325,7 +324,8 @@ def _rows(model: PreTrainedModel) -> int:
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
+    found: str = next(name for name, module in model.named_modules() if module is wanted)
+    return found
 
 
 def _has_tokenizer(folder: Path) -> bool:

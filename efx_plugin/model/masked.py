@@ -10,12 +10,12 @@ entries, and no weight of the layer's size outlives the layer's own pass.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import LinearLayer, active_adapters
@@ -46,13 +46,14 @@ def masked_linear(
     """
     kind = inputs.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs.dtype
-    return _MaskedLinear.apply(inputs, weight, keep, lora_a, lora_b, bias, dtype)
+    outputs: Tensor = _MaskedLinear.apply(inputs, weight, keep, lora_a, lora_b, bias, dtype)
+    return outputs
 
 
 class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,  # torch types none of what its contexts hold
         inputs: Tensor,
         weight: Tensor,
         keep: Tensor,
@@ -69,7 +70,7 @@ class _MaskedLinear(torch.autograd.Function):
         return F.linear(rows, effective, None if bias is None else bias.to(dtype))
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, keep, lora_a, lora_b = ctx.saved_tensors
         for_inputs = for_weight = for_a = for_b = for_bias = None
         gradient = gradient.to(ctx.dtype)
@@ -95,7 +96,7 @@ def _effective(
     weight: Tensor, keep: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """(W + B A) ∘ M in `dtype`, rounded once."""
-    if lora_a is None:
+    if lora_a is None or lora_b is None:
         return _mask_(weight.to(dtype, copy=True), keep)
     return _mask_(torch.addmm(weight.to(dtype), lora_b.to(dtype), lora_a.to(dtype)), keep)
 
@@ -140,27 +141,33 @@ def mask_of(layer: LinearLayer) -> Tensor | None:
 def has_dropout(layer: LinearLayer) -> bool:
     """Whether an active adapter of the layer drops inputs, which it cannot under a mask."""
     return any(
-        isinstance(dropout := layer.module.lora_dropout[adapter], nn.Dropout) and dropout.p > 0
+        isinstance(dropout := layer.lora.lora_dropout[adapter], nn.Dropout) and dropout.p > 0
         for adapter in active_adapters(layer)
     )
 
 
-def _installed(layer: LinearLayer) -> tuple[LinearLayer, Tensor, Callable | None] | None:
+def _installed(layer: LinearLayer) -> tuple[LinearLayer, Tensor, Callable[..., Tensor] | None] | None:
     forward = vars(layer.module).get("forward")
     return forward.args if isinstance(forward, partial) and forward.func is _masked_forward else None
 
 
 def _masked_forward(
-    layer: LinearLayer, keep: Tensor, previous: Callable | None, inputs: Tensor, *args, **kwargs
+    layer: LinearLayer,
+    keep: Tensor,
+    previous: Callable[..., Tensor] | None,
+    inputs: Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
     module, base = layer.module, layer.base
     if isinstance(module, LoraLayer) and module.disable_adapters:
-        return (previous or partial(type(module).forward, module))(inputs, *args, **kwargs)
+        own: Callable[..., Tensor] = previous or partial(type(module).forward, module)
+        return own(inputs, *args, **kwargs)
     if kwargs.get("adapter_names") is not None:
         raise EfxError(f"{layer.name} is masked and cannot mix adapters in a batch: leave adapter_names out")
     adapters = active_adapters(layer)
-    lora_a = [module.lora_A[adapter].weight for adapter in adapters]
-    lora_b = [module.lora_B[adapter].weight * module.scaling[adapter] for adapter in adapters]
+    lora_a = [layer.lora.lora_A[adapter].weight for adapter in adapters]
+    lora_b = [layer.lora.lora_B[adapter].weight * layer.lora.scaling[adapter] for adapter in adapters]
     if len(adapters) > 1:
         lora_a, lora_b = [torch.cat(lora_a)], [torch.cat(lora_b, dim=1)]
     return masked_linear(

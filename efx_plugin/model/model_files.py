@@ -184,9 +184,14 @@ def _needs_more_than_text(cls: type[PreTrainedModel]) -> bool:
 def _model_class(
     folder: Path, config: PretrainedConfig, raw: Mapping[str, Any], trust_remote_code: bool, notices: list[str]
 ) -> type[PreTrainedModel]:
-    name = (config.architectures or [None])[0]
+    language_models = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    name = config.architectures[0] if config.architectures else language_models.get(config.model_type)
     if name is None:
-        name = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+        raise EfxError(
+            f"config.json of {folder} names no architecture, and transformers {transformers.__version__} knows no "
+            f"language model of type {config.model_type!r}: add `architectures`"
+        )
+    if not config.architectures:
         notices.append(f"{folder / 'config.json'} names no architecture, so the model is taken for a {name}")
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
     if cls is None and trust_remote_code:
@@ -207,7 +212,7 @@ def _model_class(
             f"{folder} holds a {name}, which text alone does not run through, so it cannot be calibrated: only models "
             "whose whole decoder reads text can be pruned, such as LLaVA, Gemma 3 or Qwen-VL"
         )
-    decoder = config.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    decoder = config.model_type in language_models
     if config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         raise EfxError(f"{folder} holds a {name}, an encoder: only decoders can be pruned, such as Llama or Qwen")
     if name in _LANGUAGE_MODELS | _VISION_LANGUAGE_MODELS or (decoder and name.endswith(tuple(CLASSIFIERS.values()))):

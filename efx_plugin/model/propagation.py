@@ -7,7 +7,7 @@ Each class measures what it needs in forward hooks while the block sees calibrat
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,8 @@ class ActivationPropagation:
 
     def __init__(self, model: nn.Module, block: str, layers: list[LinearLayer], token_mask: TokenMask = every_token):
         self._map, self._layers = block_map(model, block, layers), layers
-        if getattr(model.config.get_text_config(), "clip_qkv", None) is not None:
+        config: Any = model.config
+        if getattr(config.get_text_config(), "clip_qkv", None) is not None:
             raise EfxError(
                 f"propagation 'activation' does not know what clip_qkv of {type(model).__name__} cuts off: use "
                 "propagation 'block' or 'fisher'"
@@ -138,7 +139,7 @@ class ActivationPropagation:
         self._gated: dict[int, dict[str, Tensor]] = {}  # outputs of a gate or up that wait for the other's
 
     def attach(self, register: RegisterHook) -> None:
-        def see(rows: Rows, hook: Callable, *args) -> None:
+        def see(rows: Rows, hook: Callable[..., None], *args: object) -> None:
             register(rows.layer.module, partial(hook, *args), "forward")
 
         self._rows.attach(register)
@@ -154,17 +155,21 @@ class ActivationPropagation:
                 see(mlp.down, self._see_normed, "down", self._map.down_norm, mlp.down.layer)
 
     @torch.no_grad()
-    def _see_scored(self, role: str, rows: Rows, norm: nn.Module | None, _module, _args, output: Tensor) -> None:
+    def _see_scored(
+        self, role: str, rows: Rows, norm: nn.Module | None, _module: nn.Module, _args: object, output: Tensor
+    ) -> None:
         counted = rows.of(self._rows.of(rows.layer.name, output)).float()
         self._add(role, _moments(counted.square(), norm))
         if role == "query":
             self._count += len(counted)
 
     @torch.no_grad()
-    def _see_normed(self, role: str, norm: nn.Module, layer: LinearLayer, _module, _args, output: Tensor) -> None:
+    def _see_normed(
+        self, role: str, norm: nn.Module, layer: LinearLayer, _module: nn.Module, _args: object, output: Tensor
+    ) -> None:
         self._add(role, _moments(self._rows.of(layer.name, output).float().square(), norm)[1])
 
-    def _see_gated(self, index: int, part: str, _module, _args, output: Tensor) -> None:
+    def _see_gated(self, index: int, part: str, _module: nn.Module, _args: object, output: Tensor) -> None:
         mlp, seen = self._map.mlps[index], self._gated.setdefault(index, {})
         rows = getattr(mlp, part)
         seen[part] = rows.of(self._rows.of(rows.layer.name, output))
@@ -193,7 +198,8 @@ class ActivationPropagation:
         output = effective_weight(attention.output.layer)
         ones = torch.ones(len(output), device=output.device)
         into_stream, from_mlp = mean.get("output", ones), mean.get("down", ones)
-        parts = [*_attention_parts(attention, output, into_stream, mean), (attention.output, into_stream)]
+        moments = {role: mean[role] for role, _, _ in _scored(attention)}
+        parts = [*_attention_parts(attention, output, into_stream, moments), (attention.output, into_stream)]
         for index, mlp in enumerate(self._map.mlps):
             down, nothing = effective_weight(mlp.down.layer), torch.zeros((), device=output.device)
             for part in ("up", "gate"):
@@ -247,7 +253,7 @@ class BlockPropagation:
     def attach(self, register: RegisterHook) -> None:
         register(self._block, self._see_block, "forward", with_kwargs=True)
 
-    def _see_block(self, block: nn.Module, args: tuple, kwargs: dict, _output) -> None:
+    def _see_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: object) -> None:
         if self.measuring or self._count >= self._tokens:
             return
         # Edges of the graph, because the block may change an output in place (OLMo clips queries).
@@ -262,8 +268,8 @@ class BlockPropagation:
         try:
             with torch.enable_grad():
                 # A cache would be extended a second time and attended to twice.
-                kwargs = {name: None if name == "past_key_values" else value for name, value in kwargs.items()}
-                hidden = block(*_with_gradient(args), **_with_gradient(kwargs))
+                named = {name: None if name == "past_key_values" else _leaf(value) for name, value in kwargs.items()}
+                hidden = block(*map(_leaf, args), **named)
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden
                 if self._generator is None:
                     self._generator = torch.Generator(hidden.device).manual_seed(self._seed)
@@ -329,8 +335,9 @@ def _moments(squares: Tensor, norm: nn.Module | None) -> Tensor:
     if norm is None:
         energy = squares.sum(dim=0)
         return torch.stack([energy, torch.full_like(energy, len(squares))])
-    gain = _gain(norm, squares.new_ones(norm.weight.numel()))
-    return torch.stack(sensitivity.normalized_moments(squares, gain))
+    gain: Any = norm.weight
+    gains = _gain(norm, squares.new_ones(gain.numel()))
+    return torch.stack(sensitivity.normalized_moments(squares, gains))
 
 
 def _gain(norm: nn.Module | None, ones: Tensor) -> Tensor:
@@ -342,7 +349,7 @@ def _gain(norm: nn.Module | None, ones: Tensor) -> Tensor:
         return ones
     probe = ones.clone()
     probe[1::2] = -1
-    apply = norm
+    apply: Callable[[Tensor], Tensor] = norm
     if any(isinstance(parameter, DTensor) for parameter in norm.parameters()):  # FSDP2 gathers them in forward passes
         whole = {name: read_parameter(parameter) for name, parameter in norm.named_parameters()}
         apply = partial(functional_call, norm, whole)
@@ -366,15 +373,9 @@ def _by_layer(parts: list[tuple[Rows, Tensor]]) -> dict[str, Tensor]:
     return result
 
 
-def _with_gradient(arguments: tuple | dict) -> tuple | dict:
-    """The same arguments, hidden states detached and made leaves that require a gradient, so that a graph is recorded
-    whether or not parameters do."""
-
-    def leaf(value):
-        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3:
-            return value.detach().requires_grad_()
-        return value
-
-    if isinstance(arguments, dict):
-        return {name: leaf(value) for name, value in arguments.items()}
-    return tuple(leaf(value) for value in arguments)
+def _leaf(argument: Any) -> Any:
+    """The same argument of a block, hidden states detached and made a leaf that requires a gradient, so that a graph is
+    recorded whether or not parameters do."""
+    if isinstance(argument, Tensor) and argument.is_floating_point() and argument.dim() == 3:
+        return argument.detach().requires_grad_()
+    return argument

@@ -344,6 +344,10 @@ MODELS = {
         lambda m: edit(m / "config.json", architectures=["Llama9ForCausalLM"]),
         "'Llama9ForCausalLM'",
     ),
+    "no architecture": (
+        lambda m: edit(m / "config.json", architectures=None, model_type="t5"),
+        "names no architecture, and transformers",
+    ),
     "code of its own": (
         lambda m: edit(
             m / "config.json",
