@@ -41,13 +41,14 @@ import aiohttp
 import psutil
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from efx_plugin.checkpoint import save_sparse
 from efx_plugin.errors import EfxError
 from integration.assets import make_once, smollm2
+from integration.benchmarks.progress import progress_on
 from integration.benchmarks.timing import OUTPUT, write_json
 
 BUILD = Path(__file__).resolve().parent.parent / "build"
@@ -553,11 +554,10 @@ def main() -> None:
     console = Console()
     try:
         model = args.model or sparse_smollm2()
-        columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
         with (
             # A bigger KV cache would hide in its size what the rest grows by.
             served(model, "--kv-cache", "1", *["--eager"] * args.eager, log=BUILD / "load" / "server.log") as server,
-            Progress(*columns, console=console) as progress,
+            progress_on(console) as progress,
         ):
             report = asyncio.run(
                 run(

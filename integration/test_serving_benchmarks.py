@@ -1,15 +1,19 @@
 """The benchmarks of serving measure what they say, on a tiny model and a small layer; their times mean nothing here."""
 
+import io
 import json
 import os
 import sys
+import time
 
 import psutil
 import pytest
 import torch
+from rich.console import Console
 
 from efx_plugin.errors import EfxError
 from integration.benchmarks import kernels, serve, timing
+from integration.benchmarks.progress import progress_on
 
 pytestmark = pytest.mark.serving
 
@@ -53,6 +57,15 @@ def test_a_process_that_fails_is_named_with_its_log(tmp_path, fails):
             psutil.wait_procs([psutil.Process(pid)], timeout=10)
         ask("{}")
     assert "out of memory" in (tmp_path / "engine.log").read_text()
+
+
+def test_an_output_that_is_no_terminal_gets_lines_of_progress():
+    lines = io.StringIO()
+    with progress_on(Console(file=lines, width=100), seconds=0.01) as progress:
+        task = progress.add_task("loading", total=4)
+        progress.advance(task)
+        while "loading: 1 of 4 after" not in lines.getvalue():
+            time.sleep(0.01)
 
 
 def test_interleaving_alternates_what_goes_first():

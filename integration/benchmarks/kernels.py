@@ -21,12 +21,12 @@ from statistics import NormalDist, median
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
 from efx_plugin.errors import EfxError
 from efx_plugin.kernels import PackedWeight, kernel_summary, pack, sparse_linear
+from integration.benchmarks.progress import progress_on
 from integration.benchmarks.timing import OUTPUT, Timed, interleave, ratio, ratios, spread, timed, write_json
 
 # The linear layers of Llama 3.2 1B and 3B and Llama 3.1 8B as vLLM fuses them, [out, in]: qkv, o, gate_up, down.
@@ -305,9 +305,8 @@ def main() -> None:
 def run(to_measure: list[Case], tokens: list[int], output: Path) -> None:
     """Measure, print, and write output.json and output.png."""
     console = Console(width=max(100, Console().width))  # the table needs them
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     records = []
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+    with progress_on(console) as progress:
         task = progress.add_task("", total=len(to_measure) * len(tokens))
         for case in to_measure:
             progress.update(

@@ -33,7 +33,6 @@ from llmcompressor import oneshot
 from peft import LoraConfig, get_peft_model
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -44,6 +43,7 @@ from efx_plugin.model.adapters import linear_layers
 from efx_plugin.modifier import EfficientXpertModifier
 from efx_plugin.training import EfficientXpertCallback
 from integration.assets import make_once, smollm2, splits, token_blocks
+from integration.benchmarks.progress import progress_on
 from integration.benchmarks.timing import OUTPUT, interleave, ratio, ratios, spread, timed, write_json
 from integration.demo import (
     CALIBRATION_SEQUENCES,
@@ -185,8 +185,7 @@ def bench(
         "training": 2 * rounds,
     }
     report: dict[str, Any] = {}
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+    with progress_on(console) as progress:
         tasks = {part: progress.add_task(part, total=totals[part], start=False) for part in parts}
 
         def begin(part: str) -> Done:

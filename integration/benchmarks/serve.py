@@ -29,22 +29,16 @@ import psutil
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    track,
-)
+from rich.progress import Progress, track
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from efx_plugin.checkpoint import save_sparse
 from efx_plugin.errors import EfxError
+from efx_plugin.machine import cpu_name
 from integration.assets import make_once
-from integration.benchmarks.timing import OUTPUT, interleave, process, ratio, ratios, spread, write_json
+from integration.benchmarks.progress import progress_on
+from integration.benchmarks.timing import OUTPUT, interleave, process, ratio, ratios, spread, timed, write_json
 
 MODEL = {
     "vocab_size": 32_000,
@@ -68,6 +62,10 @@ LOADS = 3
 # An engine that waits may take this share of one core, and these seconds to end what it did before: it slows the other.
 IDLE = 0.05
 IDLE_SECONDS = 0.1
+
+# What an engine takes beside its products, to load and to start, as seen on two cores.
+LOAD_SECONDS = 20
+START_SECONDS = {"eager": 20, "compiled": 100}
 
 KINDS = ("dense", "sparse")
 
@@ -122,8 +120,10 @@ def bench(
     }
     workloads = {str(batch): make_workload(model, batch, PROMPT_TOKENS, NEW_TOKENS) for batch in batches}
     workloads["prefill"] = make_workload(model, 1, prefill_tokens, 1)
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+    console.print(
+        f"about {expected_minutes(model, workloads, rounds, loads, eager):.0f} minutes on this machine ({cpu_name()})"
+    )
+    with progress_on(console) as progress:
         load_seconds = time_loading(directory, options, loads, progress)
         task = progress.add_task("starting the engines", total=len(KINDS))
         with engine("dense", directory, options, output) as dense:
@@ -160,6 +160,28 @@ def make_workload(model: dict[str, Any], batch: int, prompt_tokens: int, new_tok
     generator = random.Random(0)
     prompts = [[generator.randrange(model["vocab_size"]) for _ in range(prompt_tokens)] for _ in range(batch)]
     return {"prompts": prompts, "new_tokens": new_tokens}
+
+
+def expected_minutes(
+    model: dict[str, Any], workloads: dict[str, dict[str, Any]], rounds: int, loads: int, eager: bool
+) -> float:
+    """How long everything is going to take, from the time of one layer's dense product at each number of tokens."""
+    width, inner, layers = model["hidden_size"], model["intermediate_size"], model["num_hidden_layers"]
+    weight = torch.zeros(inner, width, dtype=torch.bfloat16)
+    share = weight.numel() / (layers * (3 * inner * width + 3 * width * width) + model["vocab_size"] * width)
+
+    def step(tokens: int) -> float:
+        x = torch.zeros(tokens, width, dtype=torch.bfloat16)
+        product = timed(lambda: torch.nn.functional.linear(x, weight))
+        product()
+        return min(product() for _ in range(3)) / share
+
+    seconds = 0.0
+    for workload in workloads.values():
+        prompts = workload["prompts"]
+        seconds += step(len(prompts) * len(prompts[0])) + (workload["new_tokens"] - 1) * step(len(prompts))
+    start = START_SECONDS["eager" if eager else "compiled"]
+    return len(KINDS) * ((1 + rounds) * seconds + loads * LOAD_SECONDS + start) / 60
 
 
 @dataclass(frozen=True)
