@@ -1,6 +1,7 @@
 """EfficientXpertModifier: llm-compressor's life cycle onto the pruning engine."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from llmcompressor.modifiers import Modifier, ModifierFactory
 from loguru import logger
 from pydantic import PrivateAttr
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from efx_plugin.engine.arguments import PruningArguments
 from efx_plugin.engine.block_pruner import BlockPruner
@@ -80,7 +82,7 @@ class EfficientXpertModifier(PruningArguments, Modifier):
         """What became of each layer, in the model's order; empty until `on_finalize`."""
         return self._report
 
-    def on_initialize(self, state: State, **kwargs) -> bool:
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
         if state.data is None or state.data.calib is None:
             raise EfxError("EfficientXpertModifier needs calibration data: pass dataset=... to oneshot")
         self._state = state
@@ -90,10 +92,11 @@ class EfficientXpertModifier(PruningArguments, Modifier):
         _warn_of_equal_data(state.data.calib)
         plans = plan_blocks(state.model, self, kwargs.get("sequential_targets"))
         self._layers = {layer.name: layer for plan in plans for layer in plan.layers}
-        model = inner_model(state.model)
+        model: Any = inner_model(state.model)
         fisher = self._measure_fisher(model, state.data.calib)
         self._sparsities = layer_sparsities(list(self._layers.values()), self)
         if self.allocation == "layer":
+            assert fisher is not None  # else it has been refused
             self._sparsities = allocate_over_blocks(plans, self, fisher.sensitivities, fisher.energies)
         self._pruners = [
             BlockPruner(
@@ -102,13 +105,13 @@ class EfficientXpertModifier(PruningArguments, Modifier):
                 self,
                 sparsities=self._sparsities,
                 token_mask=self._token_mask,
-                sensitivities=fisher and fisher.sensitivities,
+                sensitivities=None if fisher is None else fisher.sensitivities,
             )
             for plan in plans
         ]
         return True
 
-    def _measure_fisher(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Fisher | None:
+    def _measure_fisher(self, model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> Fisher | None:
         """None where propagation "fisher" is not asked for, cannot change a mask, or has to fall back to "block".
 
         Raises:
@@ -130,15 +133,18 @@ class EfficientXpertModifier(PruningArguments, Modifier):
         logger.warning(f"{reason}, so propagation 'fisher' falls back to 'block'")
         return None
 
-    def _token_mask(self) -> torch.Tensor | None:
-        masks = getattr(self._state, "loss_masks", None)
-        return masks[self._state.current_batch_idx].bool() if masks else None
+    def _token_mask(self) -> Tensor | None:
+        state: Any = self._state
+        if not (masks := getattr(state, "loss_masks", None)):
+            return None
+        mask: Tensor = masks[state.current_batch_idx].bool()
+        return mask
 
-    def on_calibration_start(self, state: State, event: Event, **kwargs):
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         for pruner in self._pruners:
             pruner.attach(self.register_hook)
 
-    def on_sequential_epoch_end(self, state: State, event: Event, modules: list[nn.Module], **kwargs):
+    def on_sequential_epoch_end(self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any) -> None:
         # Whoever has seen data is pruned: `modules` is empty when llm-compressor traces a PeftModel.
         ready = [pruner for pruner in self._pruners if pruner.calibrated]
         if len(ready) > 1:
@@ -155,10 +161,10 @@ class EfficientXpertModifier(PruningArguments, Modifier):
                     self._kept[layer.name] = np.packbits((layer.base.weight != 0).cpu().numpy())
             logger.info(f"{pruner.plan.name}: {summary(results)}")
 
-    def on_calibration_end(self, state: State, event: Event, **kwargs):
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self.remove_hooks()
 
-    def on_finalize(self, state: State, **kwargs) -> bool:
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
         for pruner in self._pruners:
             if pruner.plan.name not in self._results:
                 raise EfxError(

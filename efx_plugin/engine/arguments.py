@@ -92,6 +92,11 @@ class PruningArguments(BaseModel):
                     f"mask_structure {self.mask_structure!r} prunes {n} of {m} weights, sparsity {self.sparsity} does "
                     f"not: set sparsity to N/M with 0 < N < M, or mask_structure to '0:0'"
                 )
+            if self.allocation == "layer":
+                raise EfxError(
+                    f"mask_structure {self.mask_structure!r} prunes every {m} weights alike, so allocation 'layer' has "
+                    "nothing to spread: leave allocation out, or set mask_structure to '0:0'"
+                )
         if self.allocation == "layer" and self.propagation != "fisher":
             raise EfxError(
                 f"allocation 'layer' compares scores of different decoder blocks, for which propagation "

@@ -119,7 +119,8 @@ def linears_outside_blocks(model: nn.Module) -> list[str]:
         EfxError: no decoder blocks are found, or no linear layer in them.
     """
     inner = inner_model(model)
-    prefixes, head = tuple(name + "." for name in decoder_blocks(inner)), inner.get_output_embeddings()
+    prefixes = tuple(name + "." for name in decoder_blocks(inner))
+    head = inner.get_output_embeddings() if isinstance(inner, PreTrainedModel) else None
     layers = linear_layers(inner)
     outside = [layer for layer in layers if not layer.name.startswith(prefixes)]
     if len(outside) == len(layers):
@@ -195,6 +196,7 @@ def allocate_over_blocks(
         sensitivities: Fisher c of every layer, fp32 [out].
         energies: E[x²] of every layer's inputs, fp32 [in].
     """
+    assert isinstance(arguments.sparsity, float)  # PruningArguments refuses a mapping
     counts = ScoreCounts(arguments.sparsity, arguments.floor)
     for plan in plans:
         for layer in plan.layers:

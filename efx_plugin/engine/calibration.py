@@ -97,8 +97,8 @@ class BlockCalibration:
         # q, k and v read the same tensor, and so do gate and up: one Gram serves them all. Experts may read the same
         # tensor too, but each counts rows of its own.
         expert, last = self._rows.expert(name), self._last
-        same = last is not None and last.tensor is inputs and last.expert == expert
-        if same and self._statistics.setdefault(name, last.statistics) is last.statistics:
+        same = last if last is not None and last.tensor is inputs and last.expert == expert else None
+        if same is not None and self._statistics.setdefault(name, same.statistics) is same.statistics:
             return
         own = self._statistics.get(name)
         if own is None:

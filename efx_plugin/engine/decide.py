@@ -144,7 +144,7 @@ def choose_mask(
                 evidence.known.gram,
                 sparsity,
                 sensitivity=evidence.sensitivity,
-                group=arguments.comparison_group,
+                group="row" if arguments.comparison_group == "row" else "matrix",
                 n_of_m=arguments.n_of_m,
                 dampening_frac=arguments.dampening_frac,
                 average=average,

@@ -4,9 +4,13 @@ Sums are added over the processes; each decision is made once, by one of them, a
 by every process in the same order, and do nothing where there is a single one.
 """
 
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+Anything = TypeVar("Anything")
 
 
 def world() -> tuple[int, int]:
@@ -32,11 +36,11 @@ def broadcast(tensor: Tensor, source: int) -> None:
         dist.broadcast(tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor, source)
 
 
-def gather_objects(value: object) -> list:
+def gather_objects(value: Anything) -> list[Anything]:
     """The small Python objects of all processes, in the order of their ranks."""
     count = world()[1]
     if count == 1:
         return [value]
-    values = [None] * count
+    values: list[Any] = [None] * count
     dist.all_gather_object(values, value)
     return values

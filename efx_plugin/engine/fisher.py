@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import find_labels
+from transformers.utils.generic import find_labels
 
 from efx_plugin.engine.distributed import all_reduce_sum
 from efx_plugin.engine.memory import return_freed_memory
@@ -58,7 +60,7 @@ class FisherStatistics:
         """Count the tokens of a batch, once."""
         self.count += count
 
-    def _see(self, name: str, _module: nn.Module, args: tuple, output: Tensor) -> None:
+    def _see(self, name: str, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         # Of the two forward passes under gradient checkpointing only one's output is part of the graph, and a hook on
         # a tensor runs once for each time that its gradient is computed.
         if not output.requires_grad:
@@ -111,7 +113,7 @@ class Fisher:
 
 
 def measure_fisher(
-    model: nn.Module, layers: list[LinearLayer], batches: Iterable[Mapping[str, Tensor]], tokens: int
+    model: PreTrainedModel, layers: list[LinearLayer], batches: Iterable[Mapping[str, Tensor]], tokens: int
 ) -> Fisher:
     """Run batches forward and backward until `tokens` are seen. No parameter gets a gradient or changes.
 
@@ -125,10 +127,10 @@ def measure_fisher(
     """
     current: dict[str, Tensor] = {}
     statistics = FisherStatistics(layers, lambda: current["mask"])
-    embedding = model.get_input_embeddings()
+    embedding: Any = model.get_input_embeddings()
     with ExitStack() as cleanup, tqdm(total=tokens, desc="Fisher sensitivities", unit="token") as progress:
 
-        def register(module: nn.Module, hook: Callable, _kind: str) -> None:
+        def register(module: nn.Module, hook: Callable[..., Any], _kind: str) -> None:
             cleanup.callback(module.register_forward_hook(hook).remove)
 
         statistics.attach(register)
@@ -156,7 +158,7 @@ def measure_fisher(
     return statistics.result()
 
 
-def obstacle_to_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> str | None:
+def obstacle_to_loss(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> str | None:
     """Why the loss of a model has no gradients on these batches; None where it has.
 
     A language model is trained on the tokens themselves. A classifier needs its labels, which text alone does not have.
@@ -168,16 +170,16 @@ def obstacle_to_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) 
     return f"a {type(model).__name__} has no loss on calibration data without {' and '.join(_label_names(model))}"
 
 
-def is_language_model(model: nn.Module) -> bool:
+def is_language_model(model: PreTrainedModel) -> bool:
     """Whether the model gives logits over its vocabulary."""
     return model.get_output_embeddings() is not None
 
 
-def _label_names(model: nn.Module) -> list[str]:
+def _label_names(model: PreTrainedModel) -> list[str]:
     return [name for name in find_labels(type(model)) if name != "return_loss"]
 
 
-def _backward_of_classifier(model: nn.Module, ids: Tensor, attended: Tensor, batch: Mapping[str, Tensor]) -> None:
+def _backward_of_classifier(model: PreTrainedModel, ids: Tensor, attended: Tensor, batch: Mapping[str, Tensor]) -> None:
     """The gradients of the model's own loss, summed over what has a label: texts, or tokens."""
     labels = {name: batch[name].to(ids.device) for name in _label_names(model) if name in batch}
     loss = model(input_ids=ids, attention_mask=attended, **labels).loss
@@ -192,7 +194,7 @@ _TOKENS_AT_ONCE, _ROWS_AT_ONCE = 32, 4096
 _BEHIND_THE_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
-def _backward(model: nn.Module, ids: Tensor, attended: Tensor, mask: Tensor) -> None:
+def _backward(model: PreTrainedModel, ids: Tensor, attended: Tensor, mask: Tensor) -> None:
     """The gradients of the summed negative log-likelihood of the tokens that count."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     if (
@@ -245,7 +247,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _checkpointed(model: nn.Module) -> Iterator[None]:
+def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
     if not model.supports_gradient_checkpointing or model.is_gradient_checkpointing:
         yield
         return

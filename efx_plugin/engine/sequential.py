@@ -6,7 +6,7 @@ come back as it was: mode, random numbers, gradients.
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -45,7 +45,7 @@ class _Run:
 
     hidden: Tensor
     mask: Tensor
-    arguments: dict[str, tuple[tuple, dict[str, Any]]]
+    arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 def prune_in_sequence(
@@ -93,7 +93,8 @@ def prune_in_sequence(
             args, kwargs = run.arguments[name]
             with autocast():
                 output = blocks[name](run.hidden, *args, **kwargs)
-            return output[0] if isinstance(output, tuple) else output
+            hidden: Tensor = output[0] if isinstance(output, tuple) else output
+            return hidden
 
         for name in tqdm(blocks, desc=progress, unit="block", disable=progress is None):
             if (plan := planned.get(name)) is not None:
@@ -122,11 +123,11 @@ def _record(
 ) -> tuple[list[_Run], Callable[[], Any]]:
     """What every block is called with, from a pass in which blocks return their inputs and so cost nothing."""
     runs: list[_Run] = []
-    mask: Tensor | None = None
-    autocast: Callable[[], Any] | None = None
+    mask: Tensor
+    autocast: Callable[[], Any] = nullcontext
     returns_tuple = False
 
-    def pass_through(name: str, forward: Callable, /, *args: Any, **kwargs: Any) -> Tensor | tuple:
+    def pass_through(name: str, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         nonlocal autocast, returns_tuple
         if args:
             hidden, args = args[0], args[1:]
@@ -134,7 +135,7 @@ def _record(
             hidden = kwargs.pop("hidden_states")
         if "past_key_values" in kwargs:  # a cache would be attended to twice
             kwargs["past_key_values"] = None
-        if autocast is None:
+        if not runs:
             kind = hidden.device.type
             dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
             autocast = partial(torch.autocast, kind, dtype=dtype, enabled=enabled)
@@ -160,7 +161,7 @@ def _record(
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     own = vars(module).get("forward")
     module.forward = forward
     try:
@@ -184,7 +185,7 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def register_hook(hooks: ExitStack, module: nn.Module, hook: Callable, kind: str, **kwargs: Any) -> None:
+def register_hook(hooks: ExitStack, module: nn.Module, hook: Callable[..., Any], kind: str, **kwargs: Any) -> None:
     """A hook ("forward" or "forward_pre") that lasts until the stack closes."""
     hooks.callback(getattr(module, f"register_{kind}_hook")(hook, **kwargs).remove)
 

@@ -14,6 +14,7 @@ from efx_plugin.errors import EfxError
         ({"mask_structure": "2:4", "sparsity": 0.6}, "prunes 2 of 4 weights, sparsity 0.6 does not"),
         ({"mask_structure": "4:4"}, "prunes 4 of 4"),
         ({"mask_structure": "2:4", "sparsity": {"Linear": 0.5}}, "prunes 2 of 4"),
+        ({"mask_structure": "2:4", "allocation": "layer"}, "prunes every 4 weights alike, so allocation 'layer' has"),
         ({"allocation": "layer", "propagation": "block"}, "allocation 'layer' compares scores of different decoder"),
         ({"allocation": "layer", "sparsity": {"Linear": 0.5}}, "give a number instead of a mapping"),
         ({"comparison_group": "block"}, "saliency 'obs' chooses within one matrix: set comparison_group to 'matrix'"),
