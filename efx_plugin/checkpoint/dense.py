@@ -15,10 +15,11 @@ import torch
 
 from efx_plugin.checkpoint import model_weights, quantized, storage_plan
 from efx_plugin.checkpoint.config import GUARD_KEY, sparsity_of
+from efx_plugin.checkpoint.fit import check_fit
 from efx_plugin.checkpoint.formats import pack_quantized
 from efx_plugin.checkpoint.formats.registry import find_format
 from efx_plugin.checkpoint.model_card import dense_card
-from efx_plugin.checkpoint.reader import check_fit, expand_weight, group_parts, read_config, read_dense_layout
+from efx_plugin.checkpoint.reader import expand_weight, group_parts, read_config, read_dense_layout
 from efx_plugin.checkpoint.storage import atomic, safetensors_file, shards
 from efx_plugin.errors import EfxError
 
@@ -39,8 +40,8 @@ def export_dense(source: Path, directory: str | os.PathLike, *, max_shard_size: 
     if sparsity is None:
         raise EfxError(f"{source} is dense already: copy it")
     skeleton = model_weights.skeleton(model_weights.read_model_config(source))
-    check_fit(skeleton, source)
     sparse = _expanded(source, find_format(sparsity["format"], "config.json").name)
+    check_fit(skeleton, sparse.layout, source)
     quantization = quantized.of_config(config, source)
     to_pack = frozenset()
     if quantization is not None:

@@ -61,13 +61,13 @@ def model_class(config: "PretrainedConfig") -> type["PreTrainedModel"]:
     return cls
 
 
-def skeleton(config: "PretrainedConfig") -> "PreTrainedModel":
-    """The model without weights, on the meta device.
+def skeleton(config: "PretrainedConfig", cls: "type[PreTrainedModel] | None" = None) -> "PreTrainedModel":
+    """The model without weights, on the meta device; of the class that config.json names unless another is given.
 
     Raises:
         EfxError: the config does not make a model.
     """
-    cls = model_class(config)
+    cls = cls or model_class(config)
     try:
         with torch.device("meta"):
             return cls(config)
@@ -117,6 +117,13 @@ def on_disk(model: "PreTrainedModel", weights: Mapping[str, torch.Tensor]) -> di
         if weight in weights and model.get_parameter(alias) is model.get_parameter(weight)
     }
     return revert_weight_conversion(model, {name: weights[name] for name in weights if name not in aliases})
+
+
+def names_on_disk(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by every name that they may have on disk; tied ones have several."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, model.state_dict())
 
 
 def find_linears(model: "PreTrainedModel") -> Linears:

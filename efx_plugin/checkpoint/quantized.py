@@ -161,6 +161,11 @@ def unpack(source: storage_plan.Source) -> storage_plan.Source:
     return storage_plan.Source(layout, read)
 
 
+def is_parameter(name: str) -> bool:
+    """Whether a tensor of that name is there for quantization alone, such as a scale."""
+    return name.rpartition(".")[2] in _PARAMETERS
+
+
 def schemes_of(
     config: "QuantizationConfig", model: "PreTrainedModel", names: Iterable[str], where: object
 ) -> dict[str, "QuantizationScheme"]:
@@ -221,7 +226,7 @@ def dequantize(
     plain = {}
     for name, tensor in tensors.items():
         prefix, _, own = name.rpartition(".")
-        if own in _PARAMETERS:
+        if is_parameter(name):
             continue
         if own == "weight" and prefix in schemes:
             state = {key: tensors[f"{prefix}.{key}"] for key in _WEIGHT if f"{prefix}.{key}" in tensors}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from efx_plugin.checkpoint import model_weights, quantized
+from efx_plugin.checkpoint import fit, model_weights, quantized
 from efx_plugin.checkpoint.config import sparsity_of
 from efx_plugin.checkpoint.formats.protocol import SHAPE, Layout
 from efx_plugin.checkpoint.formats.registry import decompress, dense_layout, find_format, part_names
@@ -152,28 +152,6 @@ def linear_bytes(directory: str | os.PathLike[str]) -> dict[str, int]:
     }
 
 
-def check_fit(model: "PreTrainedModel", directory: str | os.PathLike) -> None:
-    """Check a sparse checkpoint against the model that it is about to be loaded into, before any weight is read.
-
-    Parameters outside of the base model may be missing: a new head on a pruned body is legitimate.
-
-    Raises:
-        SparseCheckpointError: a weight is missing, or has another shape than config.json gives it.
-    """
-    # The base model is loaded from the checkpoint of a whole one too, and the other way round.
-    prefix = f"{model.base_model_prefix}."
-    is_base = model.base_model is model
-    shapes = {name.removeprefix(prefix): shape for name, (_, shape) in read_dense_layout(directory).items()}
-    for name, parameter in model_weights.on_disk(model, dict(model.named_parameters())).items():
-        stored = shapes.get(name.removeprefix(prefix))
-        if stored is None and (is_base or name.startswith(prefix)):
-            raise SparseCheckpointError(f"{directory} has no {name}: download or export it again")
-        if stored is not None and stored != tuple(parameter.shape):
-            raise SparseCheckpointError(
-                f"{directory} holds {name} as {list(stored)}, but its config.json makes it {list(parameter.shape)}"
-            )
-
-
 def load_sparse(directory: str | os.PathLike) -> "PreTrainedModel":
     """Load a sparse checkpoint as a plain transformers model with dense weights, in either format, from this package or
     from compressed-tensors 0.8 to 0.14.
@@ -199,16 +177,11 @@ def load_sparse(directory: str | os.PathLike) -> "PreTrainedModel":
     quantization = quantized.of_config(read_config(directory), directory)
     config = model_weights.read_model_config(directory)
     skeleton = model_weights.skeleton(config)
-    check_fit(skeleton, directory)
+    fit.check_fit(skeleton, read_dense_layout(directory), directory)
     state = dict(expand(directory))
     if quantization is not None:
         state = quantized.dequantize(state, quantization, skeleton, directory)
-    model, report = model_weights.model_class(config).from_pretrained(
-        None, config=config, state_dict=state, dtype="auto", output_loading_info=True
-    )
-    for verb, problem in (("lacks", "missing_keys"), ("holds, without a place in the model,", "unexpected_keys")):
-        if report[problem]:
-            raise SparseCheckpointError(f"{directory} {verb} {', '.join(sorted(report[problem])[:3])}: export it again")
+    model = model_weights.model_class(config).from_pretrained(None, config=config, state_dict=state, dtype="auto")
     if (directory / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     model.config._name_or_path = str(directory)

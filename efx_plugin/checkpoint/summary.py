@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from efx_plugin.checkpoint import fit, model_weights
 from efx_plugin.checkpoint.codec import bits
 from efx_plugin.checkpoint.reader import expand_weight, group_parts, read_dense_layout, read_sparsity_config
 from efx_plugin.checkpoint.storage import checksums, safetensors_file
@@ -90,7 +91,7 @@ def summarize(directory: str | os.PathLike[str], *, verify: bool = False) -> Sum
 
     Args:
         directory: a local sparse checkpoint.
-        verify: read the other tensors and compare checksums as well.
+        verify: compare with the model of config.json, read the other tensors and compare checksums as well.
 
     Raises:
         SparseCheckpointError: anything that was looked at is missing, corrupt or inconsistent.
@@ -111,6 +112,8 @@ def summarize(directory: str | os.PathLike[str], *, verify: bool = False) -> Sum
         is_24 = bits.is_24(mask, weight.shape[-1])
         return CompressedWeight(name, layer, projection, weight.numel(), weight.numel() - nonzeros, is_24)
 
+    if verify:
+        fit.check_fit(model_weights.skeleton(model_weights.read_model_config(directory)), layout, directory)
     weights = list(map_ahead(look, compressed))
     if verify:
         for name in layout.keys() - compressed.keys():

@@ -14,8 +14,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
 from efx_plugin.checkpoint.config import GUARD_KEY
+from efx_plugin.checkpoint.fit import check_body, check_fit
 from efx_plugin.checkpoint.formats.registry import decompress, find_format, part_dtypes
-from efx_plugin.checkpoint.reader import check_fit
+from efx_plugin.checkpoint.model_weights import model_class, read_model_config, skeleton
+from efx_plugin.checkpoint.reader import read_dense_layout
 from efx_plugin.errors import EfxError, SparseCheckpointError
 
 _METHOD = "sparse-compressed-tensors"
@@ -71,7 +73,12 @@ class SparseHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, *, checkpoint_files: list[str], **_kwargs: Any) -> None:
         # With a quantizer, transformers compares no shapes; and weights that are missing it makes up.
-        check_fit(model, Path(checkpoint_files[0]).parent)
+        directory = Path(checkpoint_files[0]).parent
+        layout = read_dense_layout(directory)
+        config = read_model_config(directory)
+        same = type(model).__name__ == (config.architectures or [None])[0]
+        check_fit(skeleton(config, type(model) if same else model_class(config)), layout, directory)
+        check_body(model, layout, directory)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         return [

@@ -11,6 +11,7 @@ import torch
 
 from efx_plugin.checkpoint import dense, model_weights, quantized, storage_plan
 from efx_plugin.checkpoint.config import sparse_config, sparsity_of
+from efx_plugin.checkpoint.fit import check_fit
 from efx_plugin.checkpoint.model_card import check_metadata, model_card
 from efx_plugin.checkpoint.reader import read_config
 from efx_plugin.checkpoint.storage import atomic, safetensors_file, shards
@@ -146,9 +147,12 @@ def export_checkpoint(
         {name: (stored.dtype, stored.shape) for name, stored in index.items() if name not in aliases},
         lambda name: safetensors_file.read_tensor(source, index[name]),
     )
+    if quantization is not None:
+        weights = quantized.unpack(weights)
+    check_fit(skeleton, weights.layout, source)
     _write(
         directory,
-        weights if quantization is None else quantized.unpack(weights),
+        weights,
         model_weights.find_linears(skeleton),
         config,
         structure,

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -30,6 +31,7 @@ from transformers import (
 )
 
 from efx_plugin.checkpoint import expand, export_checkpoint, linear_bytes, load_sparse, read_index, save_sparse
+from efx_plugin.checkpoint.summary import summarize
 from efx_plugin.errors import EfxError, SparseCheckpointError
 
 
@@ -667,8 +669,8 @@ def too_wide(tensors):
         (part_missing, rf"model\.safetensors: {UP}\.bitmask is missing"),
         (weight_missing, rf"has no {UP}\.weight"),
         (norm_missing, r"has no model\.norm\.weight"),
-        (head_missing, r"lacks lm_head\.weight"),
-        (stranger, r"holds, without a place in the model, model\.layers\.9\.mlp\.up_proj\.weight"),
+        (head_missing, r"has no lm_head\.weight, which a LlamaForCausalLM needs"),
+        (stranger, r"holds model\.layers\.9\.mlp\.up_proj\.weight, which has no place in a LlamaForCausalLM"),
         (transposed, r"holds model\.embed_tokens\.weight as \[54, 97\], but its config\.json makes it \[97, 54\]"),
         (bit_flipped, rf"model\.safetensors: {UP}\.(compressed|row_offsets) has"),
         (slightly_too_wide, rf"holds {UP}\.weight as \[102, 56\], but its config\.json makes it \[102, 54\]"),
@@ -682,6 +684,79 @@ def test_a_damaged_directory_is_refused(tmp_path, saved, change, message):
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SparseCheckpointError, match=message):
         load_sparse(directory)
+
+
+READERS = {
+    "load_sparse": load_sparse,
+    "from_pretrained": AutoModelForCausalLM.from_pretrained,
+    "inspect --verify": lambda directory: summarize(directory, verify=True),
+    "export": lambda directory: export_checkpoint(directory, directory.parent / "exported", structure="dense"),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_every_reader_refuses_an_output_layer_that_it_would_have_to_make_up(tmp_path, reader):
+    save_sparse(make_model(tied=True), tmp_path / "sparse")
+    change_config(tmp_path / "sparse", lambda config: config.pop("tie_word_embeddings"))
+    with pytest.raises(
+        SparseCheckpointError, match=r"has no lm_head\.weight, .* set tie_word_embeddings to true in config\.json"
+    ):
+        READERS[reader](tmp_path / "sparse")
+    assert os.listdir(tmp_path) == ["sparse"]
+    change_config(tmp_path / "sparse", lambda config: config.update(tie_word_embeddings=True))
+    READERS[reader](tmp_path / "sparse")
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (norm_missing, r"has no model\.norm\.weight, which a LlamaForCausalLM needs"),
+        (stranger, r"holds model\.layers\.9\.mlp\.up_proj\.weight, which has no place in a LlamaForCausalLM"),
+        (transposed, r"holds model\.embed_tokens\.weight as \[54, 97\]"),
+    ],
+)
+def test_every_reader_compares_names_and_shapes_with_the_model(tmp_path, saved, change, message, reader):
+    directory = copy_of(saved, tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "SHA256SUMS").unlink()
+    with pytest.raises(SparseCheckpointError, match=message):
+        READERS[reader](directory)
+
+
+def unmerged(tensors):
+    q = "model.layers.0.self_attn.q_proj"
+    tensors[f"{q}.base_layer.weight"] = tensors.pop(f"{q}.weight")
+    tensors[f"{q}.lora_A.default.weight"] = torch.zeros(2, 54)
+
+
+def misshapen(tensors):
+    tensors["model.norm.weight"] = torch.zeros(7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (unmerged, r"stored with its adapter unmerged .*: store what efx_plugin\.merge_adapters\(model\) returns"),
+        (norm_missing, r"has no model\.norm\.weight, .*: download or export it again"),
+        (stranger, r"holds model\.layers\.9\.mlp\.up_proj\.weight, which has no place .*: correct `architectures`"),
+        (misshapen, r"holds model\.norm\.weight as \[7\], but its config\.json makes it \[54\]"),
+    ],
+)
+def test_what_is_exported_is_compared_with_the_model_first(tmp_path, change, message):
+    make_model().save_pretrained(tmp_path / "dense")
+    tensors = load_file(tmp_path / "dense" / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
+    refuse(message, tmp_path, export_checkpoint, tmp_path / "dense")
+
+
+def test_a_new_head_on_a_pruned_body_is_legitimate(saved):
+    model = AutoModelForSequenceClassification.from_pretrained(saved[1], num_labels=3)
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, saved[0].model.layers[0].mlp.up_proj.weight)
+    assert model.score.weight.shape == (3, 54)
 
 
 def change_config(directory: Path, change) -> None:

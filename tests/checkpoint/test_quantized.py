@@ -360,7 +360,7 @@ def test_a_packed_shape_that_lies_is_refused(tmp_path):
     tensors = load_file(shard)
     for lie in ([96, 52], [95, 48], [2**40, 2**40], [96], [-96, 48]):
         save_file(tensors | {f"{UP}.weight_shape": torch.tensor(lie)}, shard, metadata={"format": "pt"})
-        with pytest.raises(SparseCheckpointError, match=rf"{UP}\.weight_shape declares"):
+        with pytest.raises(SparseCheckpointError, match=rf"{UP}\.weight(_shape declares| as)"):
             export_checkpoint(tmp_path / "quantized", tmp_path / "sparse")
 
 
