@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 import sys
+import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,12 +16,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from efx_plugin.compress.recipe import RecipeText, default_recipe, find_recipe
+from efx_plugin import failures
 from efx_plugin.errors import EfxError, UsageError
 from efx_plugin.recipe_files import builtin_recipes
 
 if TYPE_CHECKING:
     from efx_plugin.checkpoint.summary import Summary
+    from efx_plugin.compress.recipe import RecipeText
 
 app = typer.Typer(
     name="efx",
@@ -28,6 +31,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+@dataclass
+class Options:
+    """What holds for every command.
+
+    Attributes:
+        debug: show the traceback of an error.
+    """
+
+    debug: bool = False
+
+
+def _set_debug(context: typer.Context, value: bool) -> None:
+    if isinstance(context.obj, Options):
+        context.obj.debug |= value
+
+
+DebugOption = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an error too.", callback=_set_debug, is_eager=True)
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no log, no table; errors still show.")]
 DeviceOption = Annotated[str, typer.Option(help="Where to calibrate: auto, cpu, cuda or cuda:N.")]
@@ -38,10 +61,10 @@ StructureOption = Annotated[
 
 @app.command()
 def prune(
-    model: Annotated[Path, typer.Argument(help="Directory of the model to prune.", exists=True, file_okay=False)],
+    model: Annotated[Path, typer.Argument(help="Directory of the model to prune.")],
     output: Annotated[Path, typer.Argument(help="Directory to write; must not exist yet.")],
     dataset: Annotated[
-        Path, typer.Option(help="Calibration text of the domain: .txt, .jsonl (field `text`) or .parquet.")
+        str, typer.Option(help="Calibration text of the domain: .txt, .jsonl (field `text`) or .parquet.")
     ],
     recipe: Annotated[
         str | None,
@@ -71,34 +94,42 @@ def prune(
             "that cannot multiply in the latter. Weights are stored in the dtype of MODEL."
         ),
     ] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that comes with MODEL; read it first.")
+    ] = False,
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
     as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
     """Prune MODEL by a recipe, with an adapter merged in, and write a sparse checkpoint.
 
     Example: efx prune ./SmolLM2 ./expert --adapter ./legal-lora --recipe expert_50 --dataset legal.jsonl
     """
+    from efx_plugin.compress.request import PruneRequest
+
+    request = PruneRequest(
+        model,
+        output,
+        _choose_recipe(recipe, sparsity, mask_structure),
+        dataset,
+        adapter=adapter,
+        samples=samples,
+        length=length,
+        structure=structure,
+        compute_dtype=compute_dtype,
+        trust_remote_code=trust_remote_code,
+        progress=not quiet,
+    )
+    request.check_names()
     if quiet:  # before anything is imported that reads it
         os.environ |= {"TQDM_DISABLE": "1", "LLM_COMPRESSOR_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
     _choose_device(device)
-    chosen = _choose_recipe(recipe, sparsity, mask_structure)
     # llm-compressor logs to the stdout it finds when it is imported; ours is for the result.
     with contextlib.redirect_stdout(sys.stderr):
         from efx_plugin.compress.prune import prune_to_checkpoint
 
-        report = prune_to_checkpoint(
-            model,
-            output,
-            recipe=chosen,
-            dataset=dataset,
-            adapter=adapter,
-            samples=samples,
-            length=length,
-            structure=structure,
-            compute_dtype=compute_dtype,
-            progress=not quiet,
-        )
+        report = prune_to_checkpoint(request)
     _show(report, as_json, quiet, title=str(output))
 
 
@@ -112,11 +143,15 @@ def export(
     ] = "auto",
     quiet: QuietOption = False,
     as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
     """Convert a pruned model stored dense into a sparse checkpoint, or back, shard by shard.
 
     Example: efx export ./pruned ./pruned-sparse
     """
+    from efx_plugin.checkpoint.storage.atomic import refuse_existing
+
+    refuse_existing(output)  # torch is imported next
     from efx_plugin.checkpoint import export_checkpoint, linear_bytes
 
     export_checkpoint(source, output, structure=structure, progress=not quiet)
@@ -132,6 +167,7 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="Write a heat map, layers by projections, to this picture.")] = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
     """Show what a sparse checkpoint holds: format, sizes, sparsity by projection and layer, 2:4 compliance.
 
@@ -172,6 +208,7 @@ def serve(
     eager: Annotated[
         bool, typer.Option("--eager", help="Do not compile the model: starts sooner, runs slower.")
     ] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Serve DIRECTORY with vLLM's OpenAI-compatible server, set up for this machine.
 
@@ -218,7 +255,9 @@ def _bars(console: Console, title: str, fractions: dict[str, float]) -> None:
     console.print(chart)
 
 
-def _choose_recipe(recipe: str | None, sparsity: float | None, mask_structure: str | None) -> RecipeText:
+def _choose_recipe(recipe: str | None, sparsity: float | None, mask_structure: str | None) -> "RecipeText":
+    from efx_plugin.compress.recipe import default_recipe, find_recipe
+
     if recipe is None:
         return default_recipe(sparsity, mask_structure)
     if sparsity is not None or mask_structure is not None:
@@ -257,8 +296,11 @@ def _show(report: dict[str, Any], as_json: bool, quiet: bool, title: str) -> Non
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script; `arguments` without the program's name, by default those of the process."""
+    options = Options()
     try:
-        app(args=arguments, prog_name="efx")
-    except EfxError as error:
-        print(f"efx: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        app(args=arguments, prog_name="efx", obj=options)
+    except Exception as error:
+        if options.debug:
+            traceback.print_exception(error)
+        print(f"efx: {failures.sentence(error)}", file=sys.stderr)
+        sys.exit(failures.exit_code(error))

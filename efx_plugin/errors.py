@@ -11,3 +11,9 @@ class UsageError(EfxError):
 
 class SparseCheckpointError(EfxError):
     """A sparse checkpoint that is incomplete, corrupt or inconsistent; the message names file and tensor."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first sentence of an error's message, without a full stop."""
+    message = " ".join((str(error).strip() or type(error).__name__).split())
+    return message.split(". ")[0].rstrip(".")

@@ -70,10 +70,10 @@ def efx_prune(model, output, text, recipe, *options):
     return efx(*prune_arguments(model, output, text, recipe), *options)
 
 
-def assert_refused(result, output, *words):
-    """One sentence on stderr's last line, exit code 1, nothing half-written."""
+def assert_refused(result, output, *words, code=1):
+    """One sentence on stderr's last line, the exit code, nothing half-written."""
     last = result.stderr.strip().splitlines()[-1]
-    assert result.returncode == 1, result.stderr
+    assert result.returncode == code, result.stderr
     assert last.startswith("efx: ")
     assert all(word in last for word in words), last
     assert "Traceback" not in result.stderr
@@ -341,15 +341,15 @@ def test_nan_weights_are_refused(model, text, tmp_path):
 
 def test_calibration_text_that_cannot_serve_is_refused(model, tmp_path):
     output = tmp_path / "expert"
-    for name, content, words in [
-        ("missing.jsonl", None, ["no calibration file"]),
-        ("notes.docx", "x", ["notes.docx", ".jsonl"]),
-        ("wrong.jsonl", '{"content": "t5 t6"}', ["no field `text`", "content"]),
-        ("short.txt", "t5 t6 t7", ["only", "tokens"]),
+    for name, content, code, words in [
+        ("missing.jsonl", None, 2, ["no calibration file"]),
+        ("notes.docx", "x", 2, ["notes.docx", ".jsonl"]),
+        ("wrong.jsonl", '{"content": "t5 t6"}', 1, ["no field `text`", "content"]),
+        ("short.txt", "t5 t6 t7", 1, ["only", "tokens"]),
     ]:
         if content is not None:
             (tmp_path / name).write_text(content)
-        assert_refused(efx_prune(model, output, tmp_path / name, RECIPES / "expert_50.yaml"), output, *words)
+        assert_refused(efx_prune(model, output, tmp_path / name, RECIPES / "expert_50.yaml"), output, *words, code=code)
 
 
 def test_an_existing_directory_is_never_touched(model, text, tmp_path):

@@ -15,8 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from efx_plugin.checkpoint import linear_bytes, save_sparse
-from efx_plugin.checkpoint.storage.atomic import refuse_existing
-from efx_plugin.compress.recipe import RecipeText
+from efx_plugin.compress.request import PruneRequest
 from efx_plugin.engine.blocks import linears_outside_blocks
 from efx_plugin.engine.compute_dtype import choose_compute_dtype, convert, restore, stored_dtype
 from efx_plugin.errors import EfxError
@@ -27,31 +26,8 @@ from efx_plugin.modifier import EfficientXpertModifier
 _LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def prune_to_checkpoint(
-    model: Path,
-    output: Path,
-    *,
-    recipe: RecipeText,
-    dataset: Path,
-    adapter: Path | None = None,
-    samples: int = 128,
-    length: int = 512,
-    structure: str = "auto",
-    compute_dtype: str = "auto",
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Load, calibrate, prune, merge and store; `output` appears only when complete.
-
-    Args:
-        model: directory of a causal language model with its tokenizer.
-        output: directory to write.
-        recipe: what to prune, and how.
-        dataset: calibration text, see `calibration_set`.
-        adapter: directory of a LoRA adapter, merged in fp32.
-        samples, length: number and tokens of the calibration sequences.
-        structure: sparse format, see `save_sparse`.
-        compute_dtype: what to calibrate and prune in, see `choose_compute_dtype`; weights are stored in the model's.
-        progress: show a progress bar while writing.
+def prune_to_checkpoint(request: PruneRequest) -> dict[str, Any]:
+    """Load, calibrate, prune, merge and store; the output appears only when complete.
 
     Returns:
         Sparsity of the linear layers, and their bytes dense and on disk.
@@ -59,16 +35,16 @@ def prune_to_checkpoint(
     Raises:
         EfxError: any input is unfit; nothing is written then.
     """
-    refuse_existing(output)
-    loaded_recipe = recipe.instantiate()
-    sources = inspect_sources(model, adapter)
+    request.check_names()
+    loaded_recipe = request.recipe.instantiate()
+    sources = inspect_sources(request.model, request.adapter, trust_remote_code=request.trust_remote_code)
     for line in sources.describe():
         logger.info(line)
     stored = stored_dtype((tensor.dtype, math.prod(tensor.shape)) for tensor in sources.files.index.values())
-    chosen = choose_compute_dtype(*stored, compute_dtype)
+    chosen = choose_compute_dtype(*stored, request.compute_dtype)
     logger.info(chosen.reason)
     tokenizer = sources.tokenizer()
-    calibration = calibration_set(dataset, tokenizer, samples=samples, length=length)
+    calibration = calibration_set(Path(request.dataset), tokenizer, samples=request.samples, length=request.length)
     _leave_alone(loaded_recipe, linears_outside_blocks(sources.skeleton))
     network = sources.load()
     dtypes = convert(network, chosen.dtype)
@@ -81,30 +57,30 @@ def prune_to_checkpoint(
         processor=tokenizer,
         recipe=loaded_recipe,
         dataset=calibration,
-        num_calibration_samples=samples,
-        max_seq_length=length,
+        num_calibration_samples=request.samples,
+        max_seq_length=request.length,
     )
     if isinstance(network, PeftModel):
         network = merge_adapters(network)
     network = repack_moe(network)  # oneshot takes experts apart to calibrate them
     restore(network, dtypes)
     metadata = {
-        "base_model": model.resolve().name,
-        "calibration": f"{len(calibration)} sequences of {length} tokens from {dataset.name}",
+        "base_model": request.model.resolve().name,
+        "calibration": f"{len(calibration)} sequences of {request.length} tokens from {Path(request.dataset).name}",
     }
-    if adapter is not None:
-        metadata["adapter"] = adapter.resolve().name
+    if request.adapter is not None:
+        metadata["adapter"] = request.adapter.resolve().name
     save_sparse(
         network,
-        output,
-        structure=structure,
+        request.output,
+        structure=request.structure,
         companions=sources.companions,
-        recipe=recipe.text,
+        recipe=request.recipe.text,
         metadata=metadata,
-        progress=progress,
+        progress=request.progress,
     )
-    sizes = linear_bytes(output)
-    return {"output": str(output), "linear_bytes_dense": sizes["dense"], "linear_bytes_sparse": sizes["sparse"]}
+    sizes = linear_bytes(request.output)
+    return {"output": str(request.output), "linear_bytes_dense": sizes["dense"], "linear_bytes_sparse": sizes["sparse"]}
 
 
 def _leave_alone(recipe: Recipe, layers: list[str]) -> None:

@@ -10,9 +10,9 @@ from peft import LoraConfig
 from torch import Tensor
 
 from efx_plugin.checkpoint.storage import safetensors_file
-from efx_plugin.errors import EfxError
+from efx_plugin.errors import EfxError, UsageError, one_line
 from efx_plugin.model.adapter_kinds import refuse_config, refuse_type
-from efx_plugin.model.model_files import ADAPTER_CONFIG, CLASSIFIERS, has_weights, inner_folders, one_line, read_json
+from efx_plugin.model.model_files import ADAPTER_CONFIG, CLASSIFIERS, has_weights, inner_folders, read_json
 
 _SAFETENSORS, _PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 # Initializations that change the base weights in a way that cannot be repeated when the adapter is loaded.
@@ -57,13 +57,13 @@ def read_adapter(folder: Path, model_class: str, base: Path) -> AdapterFiles:
         EfxError: it holds no LoRA adapter that can be merged into such a model, or a file is missing or corrupt.
     """
     if not folder.is_dir():
-        raise EfxError(f"there is no directory {folder}: pass the directory of an adapter")
+        raise UsageError(f"there is no directory {folder}: pass the directory of an adapter")
     if not (folder / ADAPTER_CONFIG).is_file():
         if inner := inner_folders(folder, ADAPTER_CONFIG):
-            raise EfxError(f"{folder} holds no adapter itself, but {inner[-1].name} inside does: pass {inner[-1]}")
+            raise UsageError(f"{folder} holds no adapter itself, but {inner[-1].name} inside does: pass {inner[-1]}")
         if has_weights(folder):
-            raise EfxError(f"{folder} is a whole model, not an adapter: pass it as MODEL, without --adapter")
-        raise EfxError(f"{folder} has no {ADAPTER_CONFIG}: pass the directory that PEFT's save_pretrained wrote")
+            raise UsageError(f"{folder} is a whole model, not an adapter: pass it as MODEL, without --adapter")
+        raise UsageError(f"{folder} has no {ADAPTER_CONFIG}: pass the directory that PEFT's save_pretrained wrote")
     raw = read_json(folder / ADAPTER_CONFIG)
     refuse_type(raw.get("peft_type"), f"the adapter in {folder}")
     for name, value in raw.items():

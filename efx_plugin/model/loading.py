@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from efx_plugin.checkpoint.storage import safetensors_file, shards
-from efx_plugin.errors import EfxError
+from efx_plugin.errors import EfxError, one_line
 from efx_plugin.model.adapter_files import AdapterFiles, read_adapter
 from efx_plugin.model.adapters import merge_unusual
-from efx_plugin.model.model_files import ModelFiles, one_line, read_model
+from efx_plugin.model.model_files import ModelFiles, read_model
 
 _VOCABULARY_FILES = (
     "tokenizer.json",

@@ -13,7 +13,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto import modeling_auto
 
 from efx_plugin.checkpoint.storage import safetensors_file
-from efx_plugin.errors import EfxError
+from efx_plugin.errors import EfxError, UsageError, one_line
 
 ADAPTER_CONFIG = "adapter_config.json"
 # The heads that an adapter's task_type stands for: what the name of a class with such a head ends in.
@@ -57,7 +57,7 @@ def read_model(folder: Path, *, trust_remote_code: bool) -> ModelFiles:
         EfxError: it is no folder of a decoder that can be pruned, or a file is missing or corrupt.
     """
     if not folder.is_dir():
-        raise EfxError(f"there is no directory {folder}: pass the directory of a model")
+        raise UsageError(f"there is no directory {folder}: pass the directory of a model")
     _refuse_other_folders(folder)
     raw = read_json(folder / "config.json")
     _refuse_quantized(folder, raw)
@@ -100,12 +100,6 @@ def inner_folders(folder: Path, file: str) -> list[Path]:
     )
 
 
-def one_line(error: Exception) -> str:
-    """The first sentence of an error's message, without a full stop."""
-    message = " ".join((str(error).strip() or type(error).__name__).split())
-    return message.split(". ")[0].rstrip(".")
-
-
 def has_weights(folder: Path) -> bool:
     """Whether a folder holds weights of a whole model in safetensors."""
     return any((folder / name).is_file() for name in (safetensors_file.SINGLE_FILE, safetensors_file.INDEX_FILE))
@@ -115,13 +109,13 @@ def _refuse_other_folders(folder: Path) -> None:
     """A folder that holds an adapter, checkpoints of a Trainer, or weights of another kind."""
     if (folder / ADAPTER_CONFIG).is_file() and not has_weights(folder):
         base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE_MODEL"
-        raise EfxError(f"{folder} is an adapter, not a model: run efx prune {base} OUTPUT --adapter {folder} ...")
+        raise UsageError(f"{folder} is an adapter, not a model: run efx prune {base} OUTPUT --adapter {folder} ...")
     if not (folder / "config.json").is_file():
         if inner := inner_folders(folder, "config.json") or inner_folders(folder, ADAPTER_CONFIG):
-            raise EfxError(f"{folder} holds no model itself, but {inner[-1].name} inside does: pass {inner[-1]}")
+            raise UsageError(f"{folder} holds no model itself, but {inner[-1].name} inside does: pass {inner[-1]}")
         if list(folder.glob("*.gguf")):
             raise EfxError(f"{folder} holds a GGUF file, which is quantized: pass the original model in safetensors")
-        raise EfxError(f"{folder} has no config.json: pass the directory of a model")
+        raise UsageError(f"{folder} has no config.json: pass the directory of a model")
     if not has_weights(folder):
         for pattern in _OTHER_WEIGHTS:
             if found := sorted(folder.glob(pattern)):

@@ -15,7 +15,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def refuse_existing(directory: str | os.PathLike) -> None:
-    """Refuse a destination that is there already, or that cannot be created.
+    """Refuse a destination that is there already, or that cannot be created. Parents may be missing.
 
     Raises:
         EfxError: naming it.
@@ -23,13 +23,33 @@ def refuse_existing(directory: str | os.PathLike) -> None:
     directory = Path(directory)
     if os.path.lexists(directory):
         raise EfxError(f"{directory} exists already and nothing is overwritten: remove it or choose another directory")
-    if not directory.absolute().parent.is_dir():
-        raise EfxError(f"{directory.absolute().parent}, in which {directory.name} is to be written, is no directory")
+    above = _above(directory)
+    if not above.is_dir():
+        raise EfxError(f"{above}, in which {directory.name} is to be written, is no directory")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise EfxError(f"{above}, in which {directory.name} is to be written, may not be written to")
+
+
+def refuse_full(directory: str | os.PathLike, needed: int) -> None:
+    """Refuse a destination whose disk has less room than that.
+
+    Args:
+        directory: the destination; it and its parents may be missing.
+        needed: bytes that are going to be written.
+
+    Raises:
+        EfxError: naming both.
+    """
+    free = shutil.disk_usage(_above(Path(directory))).free
+    if free < needed:
+        raise _full(Path(directory), needed, free)
 
 
 @contextlib.contextmanager
 def new_directory(directory: str | os.PathLike, needed: int) -> Iterator[Path]:
     """Yield a temporary sibling to fill; on success it is synced and takes its name, on any exception it is removed.
+
+    Parents that are missing are made, and removed again where nothing comes to lie in them.
 
     What a killed process left behind is removed when the same destination is written again; a lock tells it from the
     work of a process that is still alive.
@@ -43,12 +63,10 @@ def new_directory(directory: str | os.PathLike, needed: int) -> Iterator[Path]:
     """
     directory = Path(directory).absolute()
     refuse_existing(directory)
+    refuse_full(directory, needed)
     _remove_leftovers(directory)
-    free = shutil.disk_usage(directory.parent).free
-    if free < needed:
-        raise _full(directory, needed, free)
     temporary = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.incomplete"
-    with _explained(directory, needed):
+    with _explained(directory, needed), _parents(directory):
         temporary.mkdir()
         lock = _lock(temporary)
         try:
@@ -66,6 +84,26 @@ def new_directory(directory: str | os.PathLike, needed: int) -> Iterator[Path]:
             os.close(lock)
 
 
+def _above(directory: Path) -> Path:
+    """The nearest parent that is there."""
+    return next(parent for parent in directory.absolute().parents if os.path.lexists(parent))
+
+
+@contextlib.contextmanager
+def _parents(directory: Path) -> Iterator[None]:
+    missing = [parent for parent in directory.parents if not os.path.lexists(parent)]
+    try:
+        for parent in reversed(missing):
+            parent.mkdir(exist_ok=True)
+            sync(parent.parent)
+        yield
+    except BaseException:
+        for parent in missing:
+            with contextlib.suppress(OSError):  # somebody else has written to it
+                parent.rmdir()
+        raise
+
+
 @contextlib.contextmanager
 def _explained(directory: Path, needed: int) -> Iterator[None]:
     try:
@@ -73,7 +111,7 @@ def _explained(directory: Path, needed: int) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        raise _full(directory, needed, shutil.disk_usage(directory.parent).free) from error
+        raise _full(directory, needed, shutil.disk_usage(_above(directory)).free) from error
 
 
 def _full(directory: Path, needed: int, free: int) -> EfxError:

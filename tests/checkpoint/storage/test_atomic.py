@@ -53,9 +53,29 @@ def test_a_destination_that_appears_meanwhile_is_left_alone(tmp_path):
     assert names(tmp_path / "new") == ["theirs"]
 
 
-def test_a_parent_that_is_missing_is_named(tmp_path):
-    with pytest.raises(EfxError, match="nowhere, in which new is to be written, is no directory"):
-        atomic.refuse_existing(tmp_path / "nowhere" / "new")
+def test_missing_parents_are_made(tmp_path):
+    atomic.refuse_existing(tmp_path / "a" / "b" / "new")
+    assert names(tmp_path) == []
+    with atomic.new_directory(tmp_path / "a" / "b" / "new", 10) as temporary:
+        (temporary / "file").write_text("x")
+    assert (tmp_path / "a" / "b" / "new" / "file").read_text() == "x"
+
+
+def test_parents_that_were_made_for_nothing_are_removed(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(RuntimeError), atomic.new_directory(tmp_path / "a" / "b" / "c" / "new", 10):
+        (tmp_path / "a" / "b" / "theirs").touch()
+        raise RuntimeError
+    assert names(tmp_path / "a" / "b") == ["theirs"]
+    with pytest.raises(EfxError), atomic.new_directory(tmp_path / "x" / "new", 10**18):
+        pytest.fail("the body ran")
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_parent_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(EfxError, match="file, in which new is to be written, is no directory"):
+        atomic.refuse_existing(tmp_path / "file" / "new")
 
 
 def test_too_little_room_is_refused_before_anything_is_written(tmp_path):

@@ -1,0 +1,100 @@
+"""What a user asked `efx prune` for, and what of it can be refused at once: nothing here imports torch."""
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from efx_plugin.checkpoint.storage.atomic import refuse_existing
+from efx_plugin.compress.recipe import RecipeText
+from efx_plugin.errors import UsageError
+
+# Endings of files that are read as calibration data, each perhaps followed by .gz.
+KINDS_OF_DATA = (".txt", ".json", ".jsonl", ".csv", ".parquet")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class PruneRequest:
+    """Everything that decides what `efx prune` does.
+
+    Attributes:
+        model: directory of a model with its tokenizer.
+        output: directory to write; it must not exist.
+        recipe: what to prune, and how.
+        dataset: a file of calibration data, or the name of a data set on the hub; see `read_documents`.
+        adapter: directory of a LoRA adapter, merged in fp32.
+        samples, length: number and tokens of the calibration sequences.
+        structure: sparse format, see `save_sparse`.
+        compute_dtype: what to calibrate and prune in, see `choose_compute_dtype`; weights are stored in the model's.
+        trust_remote_code: run the code that comes with the model.
+        progress: show a progress bar while writing.
+    """
+
+    model: Path
+    output: Path
+    recipe: RecipeText
+    dataset: str
+    adapter: Path | None = None
+    samples: int = 128
+    length: int = 512
+    structure: str = "auto"
+    compute_dtype: str = "auto"
+    trust_remote_code: bool = False
+    progress: bool = True
+
+    def check_names(self) -> None:
+        """Refuse names of files and directories that cannot be meant, by a look at the file system alone.
+
+        Raises:
+            UsageError: one of the inputs is not there, or is of no kind that can be read.
+            EfxError: the output exists already or cannot be created.
+        """
+        refuse_existing(self.output)
+        _refuse_missing_directory(self.model, "a model")
+        if self.adapter is not None:
+            _refuse_missing_directory(self.adapter, "an adapter")
+        if not is_hub_name(self.dataset):
+            _refuse_data_file(Path(self.dataset))
+
+
+def is_hub_name(named: str) -> bool:
+    """Whether a name means something on the hub, OWNER/NAME, and no path of this machine."""
+    path = Path(named)
+    return _HUB_NAME.fullmatch(named) is not None and not path.exists() and not path.parent.exists()
+
+
+def kind_of_data(path: Path) -> str | None:
+    """The ending that says what a file of calibration data holds, without .gz; None for one that is not read."""
+    name = path.name.lower().removesuffix(".gz")
+    return next((kind for kind in KINDS_OF_DATA if name.endswith(kind)), None)
+
+
+def _refuse_missing_directory(path: Path, what: str) -> None:
+    if path.is_dir():
+        return
+    if path.exists():
+        raise UsageError(f"{path} is a file: pass the directory of {what}")
+    hint = _near(path, directories=True)
+    if not hint and is_hub_name(str(path)):
+        hint = f"; to get it from the hub, run hf download {path} --local-dir DIRECTORY first"
+    raise UsageError(f"there is no directory {path}: pass the directory of {what}{hint}")
+
+
+def _refuse_data_file(path: Path) -> None:
+    endings = f"a file that ends in {', '.join(KINDS_OF_DATA)}, or one of these with .gz"
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory: pass --dataset {endings}")
+    if not path.exists():
+        raise UsageError(f"there is no calibration file {path}: pass --dataset {endings}{_near(path)}")
+    if kind_of_data(path) is None:
+        raise UsageError(f"{path} is no calibration text: pass --dataset {endings}")
+
+
+def _near(path: Path, directories: bool = False) -> str:
+    """A hint at what lies in the same directory under nearly that name."""
+    if not path.parent.is_dir():
+        return ""
+    names = [other.name for other in path.parent.iterdir() if other.is_dir() == directories]
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.with_name(near[0])}?" if near else ""
