@@ -6,9 +6,11 @@ They are optional: where no C++ compiler is found, the package installs without 
 import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
+from glob import glob
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 CHECKPOINT = "efx_plugin/checkpoint/codec/native"
 KERNELS = "efx_plugin/kernels/native"
@@ -27,9 +29,19 @@ INSTRUCTIONS = {
 
 
 class BuildLibraries(build_ext):
-    """Compiles file by file, each with its own instruction set, into shared libraries that ctypes loads."""
+    """Compiles file by file, each with its own instruction set, into shared libraries.
+
+    A library in the tree that is newer than all it is made of, left there by an editable install, is taken as it is.
+    """
 
     def build_extension(self, extension: Extension) -> None:
+        path = self.get_ext_fullpath(extension.name)
+        built = self.get_ext_filename(extension.name)
+        if not self.force and not newer_group([*extension.sources, *extension.depends, "setup.py"], built):
+            self.mkpath(os.path.dirname(path))
+            self.copy_file(built, path)
+            return
+
         def compile_one(source: str) -> list[str]:
             return self.compiler.compile(
                 [source],
@@ -40,19 +52,18 @@ class BuildLibraries(build_ext):
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [name for names in pool.map(compile_one, extension.sources) for name in names]
-        path = self.get_ext_fullpath(extension.name)
         self.compiler.link_shared_object(
             objects, path, extra_postargs=extension.extra_link_args, build_temp=self.build_temp, target_lang="c++"
         )
 
 
-def library(name: str, folder: str, sources: list[str], headers: list[str], flags: list[str]) -> Extension:
+def library(name: str, folder: str, sources: list[str], flags: list[str]) -> Extension:
     """A shared library of C++ files, with those for x86-64 instructions where they can run."""
     chosen = sources if IS_X86 else [source for source in sources if f"{folder}/{source}" not in INSTRUCTIONS]
     return Extension(
         name,
         sources=[f"{folder}/{source}" for source in chosen],
-        depends=[f"{folder}/{header}" for header in headers],
+        depends=glob(f"{folder}/*.hpp"),
         define_macros=[("EFX_WITH_X86", None)] if IS_X86 else [],
         extra_compile_args=[*COMPILE, *flags],
         extra_link_args=flags,
@@ -76,14 +87,12 @@ setup(
             "efx_plugin.checkpoint.codec.native._bits",
             CHECKPOINT,
             ["entry.cpp", "portable.cpp", "avx512.cpp"],
-            ["bits.hpp", "rows.hpp"],
             flags=[],
         ),
         library(
             "efx_plugin.kernels.native._linear",
             KERNELS,
             ["binding.cpp", "entry.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp", "avx512_bf16.cpp"],
-            ["entry.hpp", "floats.hpp", "layout.hpp", "linear.hpp", "pack.hpp"],
             flags=["-fopenmp"],
         ),
     ],
