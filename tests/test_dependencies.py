@@ -12,17 +12,17 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # The extra that a part needs besides the dependencies of all; every other part makes do with those.
 EXTRAS = {
-    "compress.py": "compress",
+    "compress": "compress",
     "engine": "compress",
     "model": "compress",
-    "modifier.py": "compress",
+    "modifier": "compress",
     "optimum_cli": "dev",
-    "plots.py": "plot",
+    "plots": "plot",
     "serving": "serve",
     "training": "compress",
 }
 PROJECTS_OF_MODULES = {"yaml": "pyyaml"}
-PARTS = sorted(path.name for path in (ROOT / "efx_plugin").iterdir() if path.suffix == ".py" or path.is_dir())
+PARTS = sorted(path for path in (ROOT / "efx_plugin").iterdir() if path.suffix == ".py" or path.is_dir())
 
 
 def imported(path: Path) -> set[str]:
@@ -40,10 +40,9 @@ def declared(extra: str | None) -> set[str]:
     return {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.stem)
 def test_every_import_is_declared(part):
-    path = ROOT / "efx_plugin" / part
-    files = path.rglob("*.py") if path.is_dir() else [path]
+    files = part.rglob("*.py") if part.is_dir() else [part]
     modules = set().union(*map(imported, files))
     projects = {PROJECTS_OF_MODULES.get(module, module.replace("_", "-")) for module in modules}
-    assert projects <= declared(EXTRAS.get(part))
+    assert projects <= declared(EXTRAS.get(part.stem))
