@@ -105,7 +105,8 @@ def sparse_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -
             f"activations of shape {tuple(x.shape)} and {x.dtype} do not fit a sparse weight of shape "
             f"({packed.out_features}, {packed.in_features}) and {packed.dtype}"
         )
-    return torch.ops.efx.sparse_linear(x, packed.tensors, bias, packed.out_features, packed.kernel)
+    y: Tensor = torch.ops.efx.sparse_linear(x, packed.tensors, bias, packed.out_features, packed.kernel)
+    return y
 
 
 def _sparse_linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, out_features: int, kernel: str) -> Tensor:

@@ -6,6 +6,7 @@ weights are kept as float32, which holds them and nearly all of their sums exact
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -52,13 +53,13 @@ KERNEL = ReferenceKernel()
 
 def _prepare(weight: Tensor) -> Tensor:
     if _onednn_takes(weight):
-        return torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        return cast(Tensor, torch.ops.mkldnn._reorder_linear_weight(weight, None))
     return weight.clone(memory_format=torch.contiguous_format)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
     return torch.nn.functional.linear(x, weight, bias)
 
 
@@ -66,7 +67,7 @@ def _onednn_takes(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or weight.numel() == 0 or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if weight.dtype == torch.float16:
-        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     return weight.dtype == torch.float32

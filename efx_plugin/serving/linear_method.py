@@ -1,9 +1,11 @@
 """How vLLM loads and runs a sparse linear layer."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from vllm.logger import init_logger
-from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, register_weight_loader_v2_supported_method
 
 from efx_plugin.kernels import PackedWeight, kernel_summary, sparse_linear
 from efx_plugin.serving.quantized import Int8Scheme
@@ -29,13 +31,13 @@ class SparseLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: LinearBase,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
         output_size: int,
         params_dtype: torch.dtype,
-        **extra_weight_attrs,
+        **extra_weight_attrs: Any,
     ) -> None:
         """Give the layer empty parameters under the checkpoint's names, which lead the tensors to our loader."""
         layer.sparse_loader = SparseWeightLoader(
@@ -48,7 +50,7 @@ class SparseLinearMethod(LinearMethodBase):
             dense_loader=extra_weight_attrs["weight_loader"],
         )
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Take over the packed weight.
 
         Raises:
@@ -64,7 +66,7 @@ class SparseLinearMethod(LinearMethodBase):
             scope="process",
         )
 
-    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return sparse_linear(x, layer.packed_weight, bias)
 
 
