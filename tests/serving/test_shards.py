@@ -1,4 +1,4 @@
-"""The tensors of a sparse layer are collected in any order, and what is wrong with them is named. vLLM is not needed."""
+"""The tensors of a sparse layer are collected in any order, and what is wrong with them is named, without vLLM."""
 
 import random
 
@@ -14,13 +14,13 @@ ROWS = {"q": 8, "k": 4, "v": 4}
 COLUMNS = 12
 
 
-def collector(scheme=None, format_name="sparse-bitmask", names=tuple(NAMES.values())) -> ShardCollector:
+def collector(scheme=None, format_name="sparse-bitmask", names=None) -> ShardCollector:
     return ShardCollector(
         "model.qkv_proj",
         "QKVParallelLinear",
         ROWS,
         COLUMNS,
-        list(names),
+        names or list(NAMES.values()),
         format_name=format_name,
         scheme=scheme,
         dtype=torch.bfloat16,
@@ -97,7 +97,7 @@ def test_a_tensor_that_comes_twice_is_refused(again):
 
 
 def test_a_shard_that_the_layer_does_not_know_is_refused():
-    with pytest.raises(SparseCheckpointError, match="model.qkv_proj has a shard 'z'.*of type QKVParallelLinear"):
+    with pytest.raises(SparseCheckpointError, match=r"model.qkv_proj has a shard 'z'.*of type QKVParallelLinear"):
         add_all(collector(), tensors(sparse_weight(8), "z"))
 
 
@@ -137,5 +137,5 @@ def test_without_the_names_of_shards_the_layer_is_named():
 
 
 def test_a_format_that_there_is_not_is_refused():
-    with pytest.raises(SparseCheckpointError, match="config.json asks for the format 'sparse-8'"):
+    with pytest.raises(SparseCheckpointError, match=r"config.json asks for the format 'sparse-8'"):
         collector(format_name="sparse-8")
