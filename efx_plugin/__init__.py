@@ -6,6 +6,7 @@ below is first used. If llm-compressor is, or later gets, imported, `EfficientXp
 """
 
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import wrapt
@@ -45,10 +46,10 @@ def __getattr__(name: str) -> Any:
 
 
 @wrapt.when_imported("llmcompressor")
-def _register_modifier(_llmcompressor) -> None:
+def _register_modifier(_llmcompressor: ModuleType) -> None:
     import_module("efx_plugin.modifier")
 
 
 @wrapt.when_imported("transformers.quantizers.auto")
-def _register_quantizer(_auto) -> None:
+def _register_quantizer(_auto: ModuleType) -> None:
     import_module("efx_plugin.checkpoint.transformers_hook").register()

@@ -6,7 +6,7 @@ writing a checkpoint asks here first.
 
 import os
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from efx_plugin.checkpoint import model_weights, quantized
 from efx_plugin.checkpoint.formats.protocol import Layout
@@ -40,7 +40,7 @@ def check_fit(model: "PreTrainedModel", layout: Layout, where: str | os.PathLike
         )
     expected = {_short(model, name): tensor for name, tensor in model_weights.names_on_disk(model).items()}
     needed = model_weights.on_disk(model, dict(model.named_parameters()))
-    found = SimpleNamespace(
+    found: Any = SimpleNamespace(  # the two attributes of transformers' LoadStateDictInfo that are read
         missing_keys={name for name in needed if _short(model, name) not in stored},
         unexpected_keys={name for short, name in stored.items() if short not in expected},
     )

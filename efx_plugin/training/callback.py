@@ -132,13 +132,15 @@ class EfficientXpertCallback(TrainerCallback):
         self.masks: dict[str, Tensor] = {}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs
-    ):
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model: nn.Module = kwargs["model"]
         _refuse(args, model)
         if state.is_world_process_zero:
             warn_of_slow_dtype(model, "load it with dtype=torch.float32, and train with bf16=False")
         vars(model).pop("save_pretrained", None)  # of a training that has ended
-        _move_to_front(self, inspect.currentframe().f_back.f_locals.get("self"))
+        frame: Any = inspect.currentframe()
+        _move_to_front(self, frame.f_back.f_locals.get("self"))
         self._schedule = pruning_steps(state.max_steps, self.warmup_fraction, self.refreshes, self.final_fraction)
         self._plans: list[PlannedBlock] = plan_blocks(model, self.arguments)
         self._layers = [layer for plan in self._plans for layer in plan.layers]
@@ -173,7 +175,7 @@ class EfficientXpertCallback(TrainerCallback):
 
     # ------------------------------------------------------------------------------------- what training shows
 
-    def _see_batch(self, module: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
+    def _see_batch(self, module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (module.training and torch.is_grad_enabled()):  # an evaluation
             return
         shown = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
@@ -188,7 +190,8 @@ class EfficientXpertCallback(TrainerCallback):
             mask &= attention_mask.bool()
         if labels is not None and labels.shape == mask.shape:
             in_loss = labels != -100
-            if is_language_model(inner_model(module)):
+            inner: Any = inner_model(module)
+            if is_language_model(inner):
                 in_loss[:, 0] &= in_loss[:, 1:].any(dim=1)  # the first token's own label is never used
             mask &= in_loss
         inputs = {
@@ -203,7 +206,7 @@ class EfficientXpertCallback(TrainerCallback):
         self._batches.append((self._step, Batch(inputs, mask), tokens))
         while self._recorded - self._batches[0][2] >= self._budget:
             self._batches.popleft()
-        if self._watches:
+        if self._fisher is not None and self._watches:
             self._fisher.see_tokens(tokens)
 
     @property
@@ -231,21 +234,12 @@ class EfficientXpertCallback(TrainerCallback):
 
     # ------------------------------------------------------------------------------------------- pruning points
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        **kwargs,
-    ):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._step = state.global_step
         if self._pruned == len(self._schedule):
             return
         if self._step == self._schedule[self._pruned]:
-            self._pending = self._prune(model, optimizer, show=state.is_world_process_zero)
+            self._pending = self._prune(kwargs["model"], kwargs["optimizer"], show=state.is_world_process_zero)
             control.should_log = True
         if self._pruned < len(self._schedule):
             self._watch()
@@ -266,17 +260,16 @@ class EfficientXpertCallback(TrainerCallback):
                 f"the pruning point at step {self._step} is calibrated on {tokens} tokens instead of "
                 f"{self.calibration_tokens}: training has seen no more since the last one"
             )
-        sensitivities = sparsities = None
-        if self._fisher is not None:
-            fisher = self._fisher.result()
-            sensitivities = fisher.sensitivities
+        fisher = None if self._fisher is None else self._fisher.result()
         self._watching.close()
         self._watches = False
-        previous = {layer.name: mask_of(layer) for layer in self._layers}
+        previous = _masks_of(self._layers)
         for layer in self._layers:
             remove_mask(layer)
+        sparsities = None
         if self.arguments.allocation == "layer":
-            sparsities = allocate_over_blocks(self._plans, self.arguments, sensitivities, fisher.energies)
+            assert fisher is not None  # PruningArguments refuses whatever has no use for it
+            sparsities = allocate_over_blocks(self._plans, self.arguments, fisher.sensitivities, fisher.energies)
         results = prune_in_sequence(
             model,
             self._plans,
@@ -284,7 +277,7 @@ class EfficientXpertCallback(TrainerCallback):
             batches,
             store=partial(self._store, optimizer),
             sparsities=sparsities,
-            sensitivities=sensitivities,
+            sensitivities=None if fisher is None else fisher.sensitivities,
             running=self._running,
             progress=f"Pruning at step {self._step}" if show else None,
         )
@@ -296,8 +289,8 @@ class EfficientXpertCallback(TrainerCallback):
         if self._pruned == len(self._schedule):
             self._recording.remove()
         measured = measures(results)
-        if None not in previous.values():
-            measured["mask_iou"] = _intersection_over_union(previous, self._layers)
+        if previous:
+            measured["mask_iou"] = _intersection_over_union(previous, _masks_of(self._layers))
         measured["pruning_seconds"] = time.perf_counter() - started
         if show:
             logger.info(
@@ -308,10 +301,10 @@ class EfficientXpertCallback(TrainerCallback):
 
     def _store(self, optimizer: torch.optim.Optimizer, layer: LinearLayer, decision: Decision) -> None:
         """The repair into what is kept, with B as it is or W as it is; what is pruned keeps its place in W."""
-        changed = []
+        changed: list[Tensor] = []
         if decision.update is not None:
             add_to_adapter(layer, decision.update)
-            changed = [layer.module.lora_B[adapter].weight for adapter in active_adapters(layer)]
+            changed = [layer.lora.lora_B[adapter].weight for adapter in active_adapters(layer)]
         elif self.arguments.repair == "weights":
             base = read_parameter(layer.base.weight).float()
             repaired = base + decision.weight - effective_weight(layer)
@@ -321,9 +314,8 @@ class EfficientXpertCallback(TrainerCallback):
             optimizer.state.pop(parameter, None)
         install_mask(layer, decision.keep)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, logs: dict[str, float], **kwargs
-    ):
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs: dict[str, float] = kwargs["logs"]
         logs |= self._pending
         if state.log_history:  # the Trainer has copied the logs there already
             state.log_history[-1] |= self._pending
@@ -332,8 +324,9 @@ class EfficientXpertCallback(TrainerCallback):
     # ------------------------------------------------------------------------------------------------- the end
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs
-    ):
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model: nn.Module = kwargs["model"]
         self._watching.close()
         self._recording.remove()
         if self._pruned < len(self._schedule):
@@ -359,8 +352,8 @@ class EfficientXpertCallback(TrainerCallback):
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        directory = _checkpoint(args, state)
         if self._pruned:
             self._save_pruned(directory)
         tensors: dict[str, Tensor] = {}
@@ -371,15 +364,16 @@ class EfficientXpertCallback(TrainerCallback):
             tensors |= {f"batch.{index}.inputs.{name}": value for name, value in held.items()}
             numbers = {name: value for name, value in batch.inputs.items() if name not in held}
             batches.append({"step": step, "tensors": list(held), "numbers": numbers})
-        if self._watches:
-            tensors |= {f"fisher.{name}": total for name, total in self._fisher.sums.items()}
-            tensors |= {f"energy.{name}": inputs.sum for name, inputs in self._fisher.inputs.items()}
-            energy_tokens = {name: inputs.count for name, inputs in self._fisher.inputs.items()}
+        fisher = self._fisher if self._watches else None
+        if fisher is not None:
+            tensors |= {f"fisher.{name}": total for name, total in fisher.sums.items()}
+            tensors |= {f"energy.{name}": inputs.sum for name, inputs in fisher.inputs.items()}
+            energy_tokens = {name: inputs.count for name, inputs in fisher.inputs.items()}
         values = {
             "arguments": self._described(),
             "pruned": self._pruned,
             "watches": self._watches,
-            "fisher_tokens": self._fisher.count if self._watches else 0,
+            "fisher_tokens": 0 if fisher is None else fisher.count,
             "energy_tokens": energy_tokens,
             "batches": batches,
         }
@@ -392,12 +386,13 @@ class EfficientXpertCallback(TrainerCallback):
         linked = rank == 0 and self._pruned_state is not None and link_state(self._pruned_state, path)
         if not gather_objects(linked)[0]:
             tensors: dict[str, Tensor] = {}
+            masks = _masks_of(self._layers)
             for layer in self._layers:
-                keep, weight = mask_of(layer), None
+                weight = None
                 if self.arguments.repair == "weights" and not layer.base.weight.requires_grad:
                     weight = read_parameter(layer.base.weight)  # by every process, where it is sharded
                 if rank == 0:
-                    tensors[f"mask.{layer.name}"] = pack_mask(keep)
+                    tensors[f"mask.{layer.name}"] = pack_mask(masks[layer.name])
                     if weight is not None:
                         tensors[f"weight.{layer.name}"] = weight
             if rank == 0:
@@ -422,7 +417,7 @@ class EfficientXpertCallback(TrainerCallback):
             inputs = {name: tensors[f"batch.{index}.inputs.{name}"] for name in batch["tensors"]} | batch["numbers"]
             mask = tensors[f"batch.{index}.mask"]
             self._batches.append((batch["step"], Batch(inputs, mask), int(mask.sum())))
-        if values["watches"]:
+        if self._fisher is not None and values["watches"]:
             for name, total in self._fisher.sums.items():
                 total.copy_(tensors[f"fisher.{name}"])
             for name, inputs in self._fisher.inputs.items():
@@ -437,7 +432,7 @@ class EfficientXpertCallback(TrainerCallback):
             if (weight := tensors.get(f"weight.{layer.name}")) is not None:
                 write_parameter(layer.base, weight.to(layer.base.weight.device))
             install_mask(layer, unpack_mask(tensors[f"mask.{layer.name}"], layer.base.weight.shape))
-            if (average := tensors.get(f"average.{layer.name}")) is not None:
+            if self._running is not None and (average := tensors.get(f"average.{layer.name}")) is not None:
                 self._running.averages[layer.name] = average.to(layer.base.weight.device)
 
     def _described(self) -> dict[str, Any]:
@@ -484,23 +479,34 @@ def _move_to_front(callback: TrainerCallback, handler: object) -> None:
         handler.callbacks.insert(0, callback)
 
 
-def _intersection_over_union(previous: dict[str, Tensor], layers: list[LinearLayer]) -> float:
+def _masks_of(layers: list[LinearLayer]) -> dict[str, Tensor]:
+    """The masks that layers compute with, by name; none before the first pruning point."""
+    return {layer.name: keep for layer in layers if (keep := mask_of(layer)) is not None}
+
+
+def _intersection_over_union(previous: dict[str, Tensor], now: dict[str, Tensor]) -> float:
     common = total = 0
-    for layer in layers:
-        before, now = previous[layer.name], mask_of(layer)
-        common += int((before & now).sum())
-        total += int((before | now).sum())
+    for name, before in previous.items():
+        common += int((before & now[name]).sum())
+        total += int((before | now[name]).sum())
     return common / total
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the Trainer puts a checkpoint of this step."""
+    output: Any = args.output_dir  # the Trainer has one by now, given or not
+    return Path(output) / f"checkpoint-{state.global_step}"
 
 
 def _resumed_from(args: TrainingArguments, state: TrainerState) -> Path:
     """The checkpoint that training goes on from, which the Trainer does not tell."""
-    name = f"checkpoint-{state.global_step}"
-    named = args.resume_from_checkpoint
-    return Path(named) if isinstance(named, str) and Path(named).name == name else Path(args.output_dir) / name
+    usual, named = _checkpoint(args, state), args.resume_from_checkpoint
+    return Path(named) if isinstance(named, str) and Path(named).name == usual.name else usual
 
 
-def _save_merged(model: PeftModel, save_directory: str, state_dict: dict[str, Tensor] | None = None, **kwargs: Any):
+def _save_merged(
+    model: PeftModel, save_directory: str, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+) -> None:
     """What `save_pretrained` does once the adapters add nothing: store the plain model."""
     plain, trained_whole = {}, f".modules_to_save.{model.active_adapters[0]}."
     for name, tensor in (model.state_dict() if state_dict is None else state_dict).items():
