@@ -281,14 +281,30 @@ def test_paths_are_renamed_as_vllm_renames_modules():
     assert config.sparse_ignore == ("re:model.*", "language_model.model.b.o_proj", "lm_head")
 
 
-def test_a_checkpoint_without_sparsity_is_left_to_vllm():
+@pytest.mark.parametrize(
+    "described",
+    [
+        {"format": "dense"},
+        {"sparsity_config": {"format": "dense", "targets": ["Linear"], "ignore": ["lm_head"]}},
+        {"sparsity_config": {"format": None, "targets": ["Linear"]}, "config_groups": None, "ignore": None},
+        {"sparsity_config": None},
+        {"sparsity_config": {}},
+    ],
+)
+def test_a_checkpoint_without_sparsity_is_left_to_vllm(described):
     from efx_plugin.serving.config import SparseCompressedTensorsConfig
 
-    config = SparseCompressedTensorsConfig.from_config({"format": "dense"})
+    config = SparseCompressedTensorsConfig.from_config({"quant_method": "compressed-tensors", **described})
     config.packed_modules_mapping = FUSED
     layer = make_qkv(config)
     assert not is_sparse(layer)
     assert [name for name, _ in layer.named_parameters()] == ["weight"]
+
+
+def test_a_quantized_checkpoint_that_says_it_is_dense_is_left_to_vllm():
+    config = make_config("dense", scheme="W8A8")
+    assert config.sparsity_format is None
+    assert config.target_scheme_map["Linear"]["weights"].num_bits == 8
 
 
 # What is refused

@@ -13,52 +13,96 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
-from efx_plugin.checkpoint.config import GUARD_KEY
+from efx_plugin.checkpoint.config import GUARD_KEY, quantizes, sparsity_in
 from efx_plugin.checkpoint.fit import check_body, check_fit
+from efx_plugin.checkpoint.formats.protocol import Layout
 from efx_plugin.checkpoint.formats.registry import decompress, find_format, part_dtypes
 from efx_plugin.checkpoint.model_weights import model_class, read_model_config, skeleton
 from efx_plugin.checkpoint.reader import read_dense_layout
+from efx_plugin.checkpoint.storage.safetensors_file import read_index
 from efx_plugin.errors import EfxError, SparseCheckpointError
 
-_METHOD = "sparse-compressed-tensors"
+_SPARSE, _DENSE = "sparse-compressed-tensors", "dense-compressed-tensors"
 
 
 def register() -> None:
     """Let `from_pretrained` expand sparse checkpoints. `import efx_plugin` calls this; again, it does nothing."""
-    if _METHOD in auto.AUTO_QUANTIZER_MAPPING:
+    if _SPARSE in auto.AUTO_QUANTIZER_MAPPING:
         return
-    auto.register_quantization_config(_METHOD)(SparseConfig)
-    auto.register_quantizer(_METHOD)(SparseHfQuantizer)
+    for method, config, quantizer in (
+        (_SPARSE, SparseConfig, SparseHfQuantizer),
+        (_DENSE, DenseConfig, DenseHfQuantizer),
+    ):
+        auto.register_quantization_config(method)(config)
+        auto.register_quantizer(method)(quantizer)
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = _CompressedTensorsConfig
 
 
-class SparseConfig(QuantizationConfigMixin):
-    """The quantization_config of a sparse checkpoint."""
+class DenseConfig(QuantizationConfigMixin):
+    """A quantization_config that does nothing, such as compressed-tensors left in checkpoints stored dense."""
 
     dequantize = True  # transformers forgets the config of such a model: what is loaded is a plain one
 
+    def __init__(self, **_kwargs: Any) -> None:
+        self.quant_method = _DENSE
+
+
+class SparseConfig(DenseConfig):
+    """The quantization_config of a sparse checkpoint."""
+
     def __init__(self, sparsity_config: dict[str, Any], **_kwargs: Any) -> None:
-        self.quant_method = _METHOD
+        self.quant_method = _SPARSE
         self.sparsity_config = sparsity_config
 
 
 class _CompressedTensorsConfig(CompressedTensorsConfig):
-    """transformers' own configuration, except where there is a sparsity_config."""
+    """transformers' own configuration, except where weights are stored sparsely, or nothing is compressed at all."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> QuantizationConfigMixin:
-        if not config_dict.get("sparsity_config"):
-            return CompressedTensorsConfig.from_dict(config_dict, **kwargs)
+        sparsity = sparsity_in(config_dict)
+        if sparsity is None and not quantizes(config_dict):
+            return DenseConfig.from_dict(config_dict, **kwargs)
+        if sparsity is None:
+            said = {key: value for key, value in config_dict.items() if key != "sparsity_config"}
+            return CompressedTensorsConfig.from_dict(said, **kwargs)
         if config_dict.get("config_groups"):
             raise EfxError(
                 "the checkpoint is sparse and quantized, which from_pretrained does not expand: "
                 "use efx_plugin.load_sparse, which returns the same plain model"
             )
-        find_format(config_dict["sparsity_config"].get("format"), "config.json")
+        find_format(sparsity["format"], "config.json")
         return SparseConfig.from_dict(config_dict, **kwargs)
 
 
-class SparseHfQuantizer(HfQuantizer):
+class DenseHfQuantizer(HfQuantizer):
+    """Loads a plain model, and unlike other quantizers nothing that does not fit it."""
+
+    def _process_model_before_weight_loading(
+        self, model: Any, *, checkpoint_files: list[str] | None, **_kwargs: Any
+    ) -> None:
+        # With a quantizer, transformers compares no shapes; and weights that are missing it makes up.
+        if not checkpoint_files or not checkpoint_files[0].endswith(".safetensors"):
+            return
+        directory = Path(checkpoint_files[0]).parent
+        layout = self._layout(directory)
+        config = read_model_config(directory)
+        same = type(model).__name__ == (config.architectures or [None])[0]
+        check_fit(skeleton(config, type(model) if same else model_class(config)), layout, directory)
+        check_body(model, layout, directory)
+
+    def _layout(self, directory: Path) -> Layout:
+        return {name: (stored.dtype, stored.shape) for name, stored in read_index(directory).items()}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+class SparseHfQuantizer(DenseHfQuantizer):
     """Expands compressed weights while they are loaded."""
 
     def __init__(self, quantization_config: SparseConfig, **kwargs: Any) -> None:
@@ -66,19 +110,10 @@ class SparseHfQuantizer(HfQuantizer):
         self._expand = _Expand(quantization_config.sparsity_config["format"])
 
     def update_tp_plan(self, config: Any) -> Any:
-        # Of all methods the one that sees the config before the files are looked for.
+        # transformers calls this after it has read the config, and before it looks for the files that the guard names.
         if hasattr(config, GUARD_KEY):
             delattr(config, GUARD_KEY)
         return config
-
-    def _process_model_before_weight_loading(self, model: Any, *, checkpoint_files: list[str], **_kwargs: Any) -> None:
-        # With a quantizer, transformers compares no shapes; and weights that are missing it makes up.
-        directory = Path(checkpoint_files[0]).parent
-        layout = read_dense_layout(directory)
-        config = read_model_config(directory)
-        same = type(model).__name__ == (config.architectures or [None])[0]
-        check_fit(skeleton(config, type(model) if same else model_class(config)), layout, directory)
-        check_body(model, layout, directory)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         return [
@@ -96,12 +131,8 @@ class SparseHfQuantizer(HfQuantizer):
             if self._expand not in getattr(conversion, "operations", ())
         ]
 
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
+    def _layout(self, directory: Path) -> Layout:
+        return read_dense_layout(directory)
 
 
 class _Expand(ConversionOps):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from efx_plugin.checkpoint import dense, model_weights, quantized, storage_plan
-from efx_plugin.checkpoint.config import sparse_config, sparsity_of
+from efx_plugin.checkpoint.config import quantizes, sparse_config, sparsity_of
 from efx_plugin.checkpoint.fit import check_fit
 from efx_plugin.checkpoint.model_card import check_metadata, model_card
 from efx_plugin.checkpoint.reader import read_config
@@ -228,7 +228,7 @@ def _read_source_config(source: Path) -> dict[str, Any]:
     if sparsity_of(config) is not None:
         raise EfxError(f'{source} is stored sparsely already: structure="dense" takes the sparse compression off')
     quantization = config.get("quantization_config")
-    if quantization is not None and (
+    if quantizes(quantization) and (
         quantization.get("quant_method") != "compressed-tensors" or not quantization.get("config_groups")
     ):
         raise EfxError(

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto import modeling_auto
 
+from efx_plugin.checkpoint.config import sparsity_in
 from efx_plugin.checkpoint.storage import safetensors_file
 from efx_plugin.errors import EfxError, UsageError, one_line
 
@@ -133,13 +134,13 @@ def _refuse_quantized(folder: Path, raw: Mapping[str, Any]) -> None:
             continue
         method = quantization.get("quant_method", "an unknown method")
         groups = quantization.get("config_groups")
-        sparsity = (quantization.get("sparsity_config") or {}).get("format", "dense")
-        if method == "compressed-tensors" and not groups and sparsity == "dense":
-            continue
+        sparsity = sparsity_in(quantization)
         if method == "compressed-tensors" and not groups:
+            if sparsity is None:
+                continue
             raise EfxError(
-                f"{folder} is stored sparsely already ({sparsity}): run efx export {folder} DENSE --structure "
-                "dense and pass DENSE"
+                f"{folder} is stored sparsely already ({sparsity['format']}): run efx export {folder} DENSE "
+                "--structure dense and pass DENSE"
             )
         if method == "bitsandbytes":
             method += ", " + ("4 bits" if quantization.get("load_in_4bit") else "8 bits")

@@ -42,8 +42,11 @@ class SparseCompressedTensorsConfig(CompressedTensorsConfig):
             EfxError: the sparsity is of a kind that cannot be served.
         """
         sparsity = sparsity_in(config)
-        if sparsity is None:  # nothing is stored sparse: vLLM decides
-            return super().from_config(config)
+        if (
+            sparsity is None
+        ):  # nothing is stored sparse: vLLM decides, which stumbles over what is there but says nothing
+            said = {key: value for key, value in config.items() if key != "sparsity_config" and value is not None}
+            return super().from_config(said)
         _check_servable(config)
         self = super().from_config(readable_by_vllm(config))
         restore_formats(self.target_scheme_map, config)

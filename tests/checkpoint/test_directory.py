@@ -753,6 +753,33 @@ def test_what_is_exported_is_compared_with_the_model_first(tmp_path, change, mes
     refuse(message, tmp_path, export_checkpoint, tmp_path / "dense")
 
 
+VESTIGIAL = [{"format": "dense", "targets": ["Linear"], "ignore": ["lm_head"]}, {"format": None}, {}, None]
+
+
+@pytest.mark.parametrize("sparsity", VESTIGIAL)
+def test_a_sparsity_config_that_says_dense_is_dense_everywhere(tmp_path, sparsity):
+    model = make_model()
+    model.save_pretrained(tmp_path / "dense")
+    described = {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
+    change_config(tmp_path / "dense", lambda config: config.update(quantization_config=described))
+
+    export_checkpoint(tmp_path / "dense", tmp_path / "sparse")
+    assert_same(model, load_sparse(tmp_path / "sparse"))
+    refuse("dense is dense already: copy it", tmp_path, export_checkpoint, tmp_path / "dense", structure="dense")
+    with pytest.raises(SparseCheckpointError, match="load this dense checkpoint with transformers"):
+        load_sparse(tmp_path / "dense")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert_same(model, loaded)
+    loaded.save_pretrained(tmp_path / "again")
+    assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+    tensors = load_file(tmp_path / "dense" / "model.safetensors")
+    misshapen(tensors)
+    save_file(tensors, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SparseCheckpointError, match=r"holds model\.norm\.weight as \[7\]"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+
+
 def test_a_new_head_on_a_pruned_body_is_legitimate(saved):
     model = AutoModelForSequenceClassification.from_pretrained(saved[1], num_labels=3)
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, saved[0].model.layers[0].mlp.up_proj.weight)
