@@ -2,7 +2,9 @@
 
 import copy
 import json
+import logging
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,9 @@ from efx_plugin.checkpoint.storage.prefetch import map_ahead
 from efx_plugin.errors import EfxError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def save_sparse(
@@ -48,7 +52,7 @@ def save_sparse(
         directory: the destination, which must not exist.
         structure: "sparse-bitmask" (any zeros), "sparse-24-bitmask" (at most two non-zeros in each aligned four of a
             row), or "auto": the latter if every sparse weight is 2:4 sparse, else the former.
-        tokenizer: saved along.
+        tokenizer: saved along; one that cannot be saved is left out with a warning.
         companions: files to copy as they are, by name, in place of the tokenizer and the model's generation config.
         recipe: the recipe that pruned the model, a path or its YAML text; saved along as recipe.yaml.
         max_shard_size: bytes, or a size such as "5GB".
@@ -75,9 +79,9 @@ def save_sparse(
         if companions is not None:
             shards.copy_companions(companions, destination)
         elif model.can_generate():
-            model.generation_config.save_pretrained(destination)
+            _save_generation_config(model.generation_config, destination)
         if tokenizer is not None and companions is None:
-            tokenizer.save_pretrained(destination)
+            _save_tokenizer(tokenizer, destination)
         if recipe_text is not None:
             (destination / "recipe.yaml").write_text(recipe_text)
 
@@ -207,6 +211,36 @@ def _write(
         extras(destination)
         card = model_card(Path(directory).name, metadata, form, surveys, sparse, recipe, quantization)
         (destination / "README.md").write_text(card)
+
+
+def _save_generation_config(config: "GenerationConfig", destination: Path) -> None:
+    """transformers stores only what it finds consistent; a flag that contradicts another must not cost the weights."""
+    try:
+        config.save_pretrained(destination)
+    except ValueError as error:
+        config.to_json_file(destination / "generation_config.json")
+        _LOGGER.warning(
+            "The model's generation config is stored as it is, although transformers finds it invalid: correct "
+            "generation_config.json (%s)",
+            " ".join(str(error).split()),
+        )
+
+
+def _save_tokenizer(tokenizer: "PreTrainedTokenizerBase", destination: Path) -> None:
+    """A tokenizer that cannot be stored must not cost the weights; what it wrote so far is taken away."""
+    before = set(destination.iterdir())
+    try:
+        tokenizer.save_pretrained(destination)
+    except OSError:  # the disk is full
+        raise
+    except Exception as error:  # whatever a tokenizer of some kind stumbles over
+        for path in set(destination.iterdir()) - before:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _LOGGER.warning(
+            "The tokenizer is not among the files, because it cannot be stored (%s: %s): copy the base model's there",
+            type(error).__name__,
+            " ".join(str(error).split()),
+        )
 
 
 def _config_of(model: "PreTrainedModel") -> dict[str, Any]:

@@ -330,6 +330,29 @@ def test_companions_of_a_saved_model(tmp_path):
     assert (tmp_path / "again" / "recipe.yaml").read_text() == RECIPE
 
 
+def test_an_invalid_generation_config_does_not_cost_the_weights(tmp_path, caplog):
+    model = make_model()
+    model.generation_config = GenerationConfig(temperature=0.9, do_sample=False, max_new_tokens=7)
+    save_sparse(model, tmp_path / "sparse")
+    assert "correct generation_config.json" in caplog.text and "temperature" in caplog.text
+    stored = json.loads((tmp_path / "sparse" / "generation_config.json").read_text())
+    assert (stored["temperature"], stored["max_new_tokens"]) == (0.9, 7)
+    assert_same(model, load_sparse(tmp_path / "sparse"))
+
+
+def test_a_tokenizer_that_cannot_be_stored_does_not_cost_the_weights(tmp_path, caplog):
+    class Broken(Tokenizer):
+        def save_pretrained(self, directory):
+            super().save_pretrained(directory)
+            raise TypeError("no template")
+
+    model = make_model()
+    save_sparse(model, tmp_path / "sparse", tokenizer=Broken())
+    assert "cannot be stored (TypeError: no template): copy the base model's there" in caplog.text
+    assert not (tmp_path / "sparse" / "tokenizer.json").exists()
+    assert_same(model, load_sparse(tmp_path / "sparse"))
+
+
 def test_companions_of_an_exported_directory(tmp_path, dense):
     source = tmp_path / "source"
     shutil.copytree(dense[1], source)
