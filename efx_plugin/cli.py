@@ -64,8 +64,17 @@ def prune(
     model: Annotated[Path, typer.Argument(help="Directory of the model to prune.")],
     output: Annotated[Path, typer.Argument(help="Directory to write; must not exist yet.")],
     dataset: Annotated[
-        str, typer.Option(help="Calibration text of the domain: .txt, .jsonl (field `text`) or .parquet.")
+        str,
+        typer.Option(
+            metavar="FILE|NAME",
+            help="Calibration text of the domain: .txt, .jsonl, .json, .csv or .parquet, perhaps with .gz, or a data "
+            "set on the hub. Taken are the field `text`; `messages`, through the chat template; or `prompt` and "
+            "`completion`.",
+        ),
     ],
+    text_field: Annotated[
+        str | None, typer.Option(help="The field of the calibration data to take in place of those.")
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -114,6 +123,7 @@ def prune(
         _choose_recipe(recipe, sparsity, mask_structure),
         dataset,
         adapter=adapter,
+        text_field=text_field,
         samples=samples,
         length=length,
         structure=structure,

@@ -352,6 +352,20 @@ def test_calibration_text_that_cannot_serve_is_refused(model, tmp_path):
         assert_refused(efx_prune(model, output, tmp_path / name, RECIPES / "expert_50.yaml"), output, *words, code=code)
 
 
+def test_conversations_and_a_field_of_another_name_calibrate(model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    words = " ".join(f"t{i}" for i in range(3, 120))
+    message = {"role": "user", "content": words}
+    data = tmp_path / "chat.jsonl"
+    data.write_text("\n".join(json.dumps({"messages": [message], "body": words}) for _ in range(6)))
+    for name, option in (("chat", []), ("body", ["--text-field", "body"])):
+        result = efx_prune(tmp_path / "model", tmp_path / name, data, RECIPES / "wanda_50.yaml", *option)
+        assert result.returncode == 0, result.stderr
+        assert "8 sequences of 48 tokens from chat.jsonl" in (tmp_path / name / "README.md").read_text()
+
+
 def test_an_existing_directory_is_never_touched(model, text, tmp_path):
     output = tmp_path / "expert"
     output.mkdir()

@@ -2,28 +2,22 @@
 
 import math
 import re
-from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import repack_moe
 from llmcompressor.recipe import Recipe
 from loguru import logger
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
 
 from efx_plugin.checkpoint import linear_bytes, save_sparse
+from efx_plugin.compress.calibration import calibration_set
 from efx_plugin.compress.request import PruneRequest
 from efx_plugin.engine.blocks import linears_outside_blocks
 from efx_plugin.engine.compute_dtype import choose_compute_dtype, convert, restore, stored_dtype
-from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import merge_adapters
 from efx_plugin.model.loading import inspect_sources
 from efx_plugin.modifier import EfficientXpertModifier
-
-_LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def prune_to_checkpoint(request: PruneRequest) -> dict[str, Any]:
@@ -44,7 +38,13 @@ def prune_to_checkpoint(request: PruneRequest) -> dict[str, Any]:
     chosen = choose_compute_dtype(*stored, request.compute_dtype)
     logger.info(chosen.reason)
     tokenizer = sources.tokenizer()
-    calibration = calibration_set(Path(request.dataset), tokenizer, samples=request.samples, length=request.length)
+    calibration = calibration_set(
+        request.dataset,
+        tokenizer,
+        samples=request.samples,
+        length=request.length,
+        text_field=request.text_field,
+    )
     _leave_alone(loaded_recipe, linears_outside_blocks(sources.skeleton))
     network = sources.load()
     dtypes = convert(network, chosen.dtype)
@@ -66,7 +66,7 @@ def prune_to_checkpoint(request: PruneRequest) -> dict[str, Any]:
     restore(network, dtypes)
     metadata = {
         "base_model": request.model.resolve().name,
-        "calibration": f"{len(calibration)} sequences of {request.length} tokens from {Path(request.dataset).name}",
+        "calibration": f"{len(calibration)} sequences of {request.length} tokens from {request.dataset_name}",
     }
     if request.adapter is not None:
         metadata["adapter"] = request.adapter.resolve().name
@@ -93,38 +93,3 @@ def _leave_alone(recipe: Recipe, layers: list[str]) -> None:
             # SparseGPT and Wanda put a full stop behind the names of layers that are targeted as "Linear".
             names = [rf"re:{re.escape(layer)}\.?$" for layer in layers]
             modifier.ignore = [*([ignored] if isinstance(ignored, str) else ignored), *names]
-
-
-def calibration_set(path: Path, tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int) -> datasets.Dataset:
-    """Calibration sequences from a text file: documents joined by the end-of-sequence token and cut to `length`.
-
-    Args:
-        path: .txt (a document per line), .json/.jsonl or .parquet with a field `text`.
-
-    Returns:
-        Dataset of `input_ids` and `attention_mask`, at most `samples` sequences of exactly `length` tokens.
-
-    Raises:
-        EfxError: the file is missing, of another kind, has no field `text` or too little of it.
-    """
-    if not path.is_file():
-        raise EfxError(f"there is no calibration file {path}: pass --dataset a .txt, .jsonl or .parquet file")
-    loader = _LOADERS.get(path.suffix)
-    if loader is None:
-        raise EfxError(f"{path} is no calibration text: pass a file that ends in {', '.join(_LOADERS)}")
-    try:
-        documents = datasets.load_dataset(loader, data_files=str(path), split="train")
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        raise EfxError(f"{path} cannot be read as {loader}: {error}") from error
-    if "text" not in documents.column_names:
-        raise EfxError(f"{path} has no field `text`, only {', '.join(documents.column_names)}: rename the field")
-    tokens: list[int] = []
-    for document in documents:
-        tokens += tokenizer(document["text"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        if len(tokens) >= samples * length:
-            break
-    count = min(samples, len(tokens) // length)
-    if count == 0:
-        raise EfxError(f"{path} has only {len(tokens)} tokens: one calibration sequence takes {length}")
-    sequences = torch.tensor(tokens[: count * length]).reshape(count, length).tolist()
-    return datasets.Dataset.from_dict({"input_ids": sequences, "attention_mask": [[1] * length] * count})

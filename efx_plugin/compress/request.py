@@ -24,6 +24,7 @@ class PruneRequest:
         recipe: what to prune, and how.
         dataset: a file of calibration data, or the name of a data set on the hub; see `read_documents`.
         adapter: directory of a LoRA adapter, merged in fp32.
+        text_field: the field of the data that holds the text; None for the usual names, see `calibration_set`.
         samples, length: number and tokens of the calibration sequences.
         structure: sparse format, see `save_sparse`.
         compute_dtype: what to calibrate and prune in, see `choose_compute_dtype`; weights are stored in the model's.
@@ -36,12 +37,18 @@ class PruneRequest:
     recipe: RecipeText
     dataset: str
     adapter: Path | None = None
+    text_field: str | None = None
     samples: int = 128
     length: int = 512
     structure: str = "auto"
     compute_dtype: str = "auto"
     trust_remote_code: bool = False
     progress: bool = True
+
+    @property
+    def dataset_name(self) -> str:
+        """The name of the calibration data for others to read: of a path only the last part."""
+        return self.dataset if is_hub_name(self.dataset) else Path(self.dataset).name
 
     def check_names(self) -> None:
         """Refuse names of files and directories that cannot be meant, by a look at the file system alone.
