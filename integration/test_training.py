@@ -16,6 +16,7 @@ from peft import (
     get_peft_model,
 )
 from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.trainer_callback import CallbackHandler
 
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import effective_weight, linear_layers, merge_adapters
@@ -245,9 +246,7 @@ def test_every_reporter_gets_the_measures_of_each_pruning_point(tmp_path, strate
     trainer = tiny_trainer(tmp_path, callback, callbacks=(early,), logging_strategy=strategy, logging_steps=5)
     order = [type(one).__name__ for one in trainer.callback_handler.callbacks]
     trainer.train()
-    front, *rest = [type(one).__name__ for one in trainer.callback_handler.callbacks]
-    assert front == "EfficientXpertCallback"
-    assert rest == [name for name in order if name != front]
+    assert [type(one).__name__ for one in trainer.callback_handler.callbacks] == order
     for logs in (early.logs, [(entry["step"], entry) for entry in trainer.state.log_history]):
         measured = {step: entry for step, entry in logs if "sparsity" in entry}
         assert list(measured) == [4, 6, 8]
@@ -258,6 +257,25 @@ def test_every_reporter_gets_the_measures_of_each_pruning_point(tmp_path, strate
             assert "loss" in entry
             assert ("mask_iou" in entry) == (step > 4)
             assert 0.5 < entry.get("mask_iou", 0.9) < 1
+
+
+def test_a_trainer_may_log_before_it_trains(tmp_path):
+    callback = EfficientXpertCallback(calibration_tokens=TOKENS)
+    trainer = tiny_trainer(tmp_path, callback)
+    trainer.log({"before": 1.0})
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "sparsity" in entry] == [4]
+
+
+def test_where_reporters_cannot_be_preceded_the_log_says_so(tmp_path, monkeypatch, warnings):
+    monkeypatch.setattr(CallbackHandler, "on_log", CallbackHandler.on_log.__wrapped__)
+    early = Watch()
+    callback = EfficientXpertCallback(calibration_tokens=TOKENS)
+    trainer = tiny_trainer(tmp_path, callback, callbacks=(early,))
+    trainer.train()
+    assert not any("sparsity" in logs for _, logs in early.logs)
+    assert [entry["step"] for entry in trainer.state.log_history if "sparsity" in entry] == [4]
+    assert sum("called before it miss what the pruning point has measured" in message for message in warnings) == 1
 
 
 def end_of(output):

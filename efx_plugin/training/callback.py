@@ -10,12 +10,14 @@ import inspect
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import wrapt
 from loguru import logger
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -130,6 +132,7 @@ class EfficientXpertCallback(TrainerCallback):
         self.warmup_fraction, self.refreshes, self.final_fraction = warmup_fraction, refreshes, final_fraction
         self.calibration_tokens = calibration_tokens
         self.masks: dict[str, Tensor] = {}
+        self._pending: dict[str, float] = {}  # measured at a pruning point, and not in the Trainer's log yet
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -139,8 +142,6 @@ class EfficientXpertCallback(TrainerCallback):
         if state.is_world_process_zero:
             warn_of_slow_dtype(model, "load it with dtype=torch.float32, and train with bf16=False")
         vars(model).pop("save_pretrained", None)  # of a training that has ended
-        frame: Any = inspect.currentframe()
-        _move_to_front(self, frame.f_back.f_locals.get("self"))
         self._schedule = pruning_steps(state.max_steps, self.warmup_fraction, self.refreshes, self.final_fraction)
         self._plans: list[PlannedBlock] = plan_blocks(model, self.arguments)
         self._layers = [layer for plan in self._plans for layer in plan.layers]
@@ -155,7 +156,7 @@ class EfficientXpertCallback(TrainerCallback):
             self._fisher = FisherStatistics(self._layers, lambda: self._current)
         self._watching = ExitStack()  # hooks of the Fisher statistics, while they watch
         self._watches = False
-        self._pending: dict[str, float] = {}
+        self._pending = {}
         self._pruned_state: Path | None = None  # a file that holds what the last pruning point has changed
         self._recording = model.register_forward_pre_hook(self._see_batch, with_kwargs=True)
         self.masks = {}
@@ -314,12 +315,26 @@ class EfficientXpertCallback(TrainerCallback):
             optimizer.state.pop(parameter, None)
         install_mask(layer, decision.keep)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        logs: dict[str, float] = kwargs["logs"]
+    def report(self, state: TrainerState, logs: dict[str, float]) -> None:
+        """Add what the last pruning point has measured to a log entry, once.
+
+        Args:
+            state: of the Trainer, whose last entry of `log_history` is a copy of `logs`.
+            logs: what the reporters are going to get.
+        """
         logs |= self._pending
-        if state.log_history:  # the Trainer has copied the logs there already
+        if state.log_history:
             state.log_history[-1] |= self._pending
         self._pending = {}
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._pending:
+            logger.warning(
+                "this release of transformers does not let EfficientXpertCallback speak before the reporters, so that "
+                "those called before it miss what the pruning point has measured: install a release that "
+                "efx-plugin's requirements allow"
+            )
+            self.report(state, kwargs["logs"])
 
     # ------------------------------------------------------------------------------------------------- the end
 
@@ -447,6 +462,21 @@ class EfficientXpertCallback(TrainerCallback):
         }
 
 
+@wrapt.patch_function_wrapper(CallbackHandler, "on_log")
+def _report_first(
+    on_log: Callable[..., TrainerControl], handler: CallbackHandler, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> TrainerControl:
+    """Let the callback add to the logs before any reporter gets them.
+
+    The Trainer calls its reporters before a user's callbacks, and gives no callback a way to the others.
+    """
+    given = inspect.signature(on_log).bind(*args, **kwargs).arguments
+    for callback in handler.callbacks:
+        if isinstance(callback, EfficientXpertCallback):
+            callback.report(given["state"], given["logs"])
+    return on_log(*args, **kwargs)
+
+
 def _refuse(args: TrainingArguments, model: nn.Module) -> None:
     if args.load_best_model_at_end:
         raise EfxError(
@@ -467,16 +497,6 @@ def _refuse(args: TrainingArguments, model: nn.Module) -> None:
                     raise EfxError(
                         f"adapter {name!r} sets {variant}, which cannot learn under a mask: train plain LoRA"
                     )
-
-
-def _move_to_front(callback: TrainerCallback, handler: object) -> None:
-    """Call this callback before the reporters, which log what is in the logs when their turn comes.
-
-    The handler is in the middle of its list: taking from its end part and putting in front leaves the rest in place.
-    """
-    if isinstance(handler, CallbackHandler):
-        handler.callbacks.remove(callback)
-        handler.callbacks.insert(0, callback)
 
 
 def _masks_of(layers: list[LinearLayer]) -> dict[str, Tensor]:
