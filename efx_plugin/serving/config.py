@@ -42,13 +42,12 @@ class SparseCompressedTensorsConfig(CompressedTensorsConfig):
             EfxError: the sparsity is of a kind that cannot be served.
         """
         sparsity = sparsity_in(config)
-        if (
-            sparsity is None
-        ):  # nothing is stored sparse: vLLM decides, which stumbles over what is there but says nothing
+        if sparsity is None:  # vLLM decides, which stumbles over what is there but says nothing
             said = {key: value for key, value in config.items() if key != "sparsity_config" and value is not None}
-            return super().from_config(said)
+            theirs: SparseCompressedTensorsConfig = super().from_config(said)
+            return theirs
         _check_servable(config)
-        self = super().from_config(readable_by_vllm(config))
+        self: SparseCompressedTensorsConfig = super().from_config(readable_by_vllm(config))
         restore_formats(self.target_scheme_map, config)
         self.sparsity_format = sparsity["format"]
         self.sparse_targets = tuple(sparsity["targets"])
