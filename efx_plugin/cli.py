@@ -137,6 +137,9 @@ def prune(
     _choose_device(device)
     # llm-compressor logs to the stdout it finds when it is imported; ours is for the result.
     with contextlib.redirect_stdout(sys.stderr):
+        from efx_plugin.compress.log import show_missing_accelerator_once
+
+        show_missing_accelerator_once()
         from efx_plugin.compress.prune import prune_to_checkpoint
 
         report = prune_to_checkpoint(request)

@@ -101,6 +101,7 @@ def test_prune_writes_a_sparse_expert_with_its_adapter_merged(model, text, tmp_p
     arguments = prune_arguments(model, output, text, RECIPES / f"{recipe}.yaml")
     result = efx_process(*arguments, "--adapter", tmp_path / "adapter", "--json")
     assert result.returncode == 0, result.stderr
+    assert result.stderr.count("No accelerator available") == (not torch.accelerator.is_available())
     report = json.loads(result.stdout)
     assert report["linear_bytes_sparse"] < 0.85 * report["linear_bytes_dense"]
     config = json.loads((output / "config.json").read_text())

@@ -122,11 +122,9 @@ def test_prune_inspect_and_export_run_from_the_wheel(python, tmp_path):
     ids = torch.randint(3, 128, (12, 40), generator=torch.Generator().manual_seed(0)).tolist()
     text = tmp_path / "domain.jsonl"
     text.write_text("\n".join(json.dumps({"text": " ".join(f"t{i}" for i in row)}) for row in ids))
-    find_recipe = "from efx_plugin.recipe_files import builtin_recipes; print(builtin_recipes()['expert_50'])"
-    recipe = run(python, "-c", find_recipe, cwd=tmp_path).strip()
     efx = python.parent / "efx"
     options = ["--dataset", text, "--samples", 4, "--length", 32]
-    run(efx, "prune", model, tmp_path / "expert", "--recipe", recipe, *options, cwd=tmp_path)
+    run(efx, "prune", model, tmp_path / "expert", "--recipe", "expert_50", *options, cwd=tmp_path)
     summary = json.loads(run(efx, "inspect", tmp_path / "expert", "--verify", "--json", cwd=tmp_path))
     assert summary["sparsity"] == pytest.approx(0.5, abs=0.01)
     run(efx, "export", tmp_path / "expert", tmp_path / "dense", "--structure", "dense", cwd=tmp_path)
