@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from efx_plugin.checkpoint import model_weights, quantized, storage_plan
+from efx_plugin.checkpoint import model_weights, provenance, quantized, storage_plan
 from efx_plugin.checkpoint.config import GUARD_KEY, sparsity_of
 from efx_plugin.checkpoint.fit import check_fit
 from efx_plugin.checkpoint.formats import pack_quantized
@@ -28,7 +28,9 @@ NAME = "dense"
 _LOGGER = logging.getLogger(__name__)
 
 
-def export_dense(source: Path, directory: str | os.PathLike, *, max_shard_size: int, progress: bool) -> None:
+def export_dense(
+    source: Path, directory: str | os.PathLike, *, max_shard_size: int, metadata: Mapping[str, Any], progress: bool
+) -> None:
     """Write a sparse checkpoint as a plain one, quantized if it was, a few weights at a time; and say so in the log.
 
     Raises:
@@ -42,6 +44,7 @@ def export_dense(source: Path, directory: str | os.PathLike, *, max_shard_size: 
     skeleton = model_weights.skeleton(model_weights.read_model_config(source))
     sparse = _expanded(source, find_format(sparsity["format"], "config.json").name)
     check_fit(skeleton, sparse.layout, source)
+    metadata = provenance.of_directory(source) | metadata
     quantization = quantized.of_config(config, source)
     to_pack = frozenset()
     if quantization is not None:
@@ -54,9 +57,12 @@ def export_dense(source: Path, directory: str | os.PathLike, *, max_shard_size: 
     with atomic.new_directory(directory, needed) as destination:
         with shards.progress_bar("writing", needed, progress) as bar:
             shards.write_shards(destination, sparse, storage_plan.make_shards(items, max_shard_size), bar.update)
-        shards.write_json(destination / "config.json", _plain_config(config, described))
+        plain = _plain_config(config, described)
+        shards.write_json(destination / "config.json", plain)
         shards.copy_companions(shards.companions(source), destination)
-        (destination / "README.md").write_text(dense_card(Path(directory).name, source.absolute().name, described))
+        shards.write_json(destination / shards.PROVENANCE_FILE, metadata)
+        card = dense_card(Path(directory).name, plain, metadata, source.absolute().name)
+        (destination / "README.md").write_text(card)
     stored = sum(tensor.nbytes for tensor in safetensors_file.read_index(source).values())
     _LOGGER.warning(
         "%s holds %s with its zeros written out: %s bytes instead of %s, served %s and no faster for being sparse.",

@@ -1,134 +1,168 @@
-"""The model card of a sparse checkpoint: README.md."""
+"""The model card of a checkpoint, README.md, fit to be published on the hub."""
 
 import os
+import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
+from efx_plugin import __version__
 from efx_plugin.checkpoint.formats.protocol import Format
 from efx_plugin.checkpoint.storage_plan import Survey
-from efx_plugin.errors import EfxError
 
-_KEYS = ("base_model", "adapter", "calibration", "figures")
+_PAPER = "[EfficientXpert](https://arxiv.org/abs/2511.19935)"
 
+# What the front matter takes over.
+_FRONT = ("license", "license_name", "license_link", "language")
 
-def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The metadata of a card, if it has no key but base_model, adapter, calibration and figures.
-
-    Raises:
-        EfxError: naming the key that is not one of them.
-    """
-    metadata = dict(metadata or {})
-    for key in metadata:
-        if key not in _KEYS:
-            raise EfxError(f"metadata has the key {key!r}: the model card has room for {', '.join(_KEYS)}")
-    return metadata
+# What the hub calls the task of a class, by what its name ends in.
+_TASKS = {
+    "ForCausalLM": "text-generation",
+    "ForConditionalGeneration": "image-text-to-text",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+}
 
 
 def model_card(
     title: str,
-    metadata: Mapping[str, Any],
+    config: Mapping[str, Any],
+    provenance: Mapping[str, Any],
     form: Format,
     surveys: Mapping[str, Survey],
     sparse: frozenset[str],
     recipe: str | None,
-    quantization: Mapping[str, Any] | None = None,
 ) -> str:
-    """The text of the card.
+    """The text of the card of a sparse checkpoint.
 
     Args:
-        title: name of the model.
-        metadata: see `save_sparse`.
+        title: name of the model, which is that of its directory.
+        config: the content of its config.json.
+        provenance: what it was made of, see `provenance.KEYS`.
         form: the format.
         surveys: every Linear weight.
         sparse: those of them that are stored in the format; the others are dense.
         recipe: text of the recipe that pruned the model.
-        quantization: how the weights are quantized, see `quantized.stored_config`; None if they are not.
     """
-    base = metadata.get("base_model")
     return "\n".join(
         [
-            "---",
-            "library_name: transformers",
-            *([f"base_model: {base}"] if _is_hub_name(base) else []),
-            "tags: [sparse, compressed-tensors, efx-plugin]",
-            "---",
-            f"# {title}",
-            "",
+            *_head(title, config, provenance, ["sparse", "compressed-tensors"]),
             f"Linear weights with zeros, stored as `{form.name}` ({form.structure}) of compressed-tensors.",
-            *([] if quantization is None else [_quantized(quantization)]),
+            *_quantized(config),
             "",
-            *_facts(metadata),
+            *_facts(provenance),
             "| projection | matrices | sparsity | bytes dense | bytes here |",
             "|---|---|---|---|---|",
             *_rows(form, surveys, sparse),
             "",
-            *_figures(metadata.get("figures")),
-            *(_USE if quantization is None else _USE_QUANTIZED),
+            *_figures(provenance.get("figures")),
+            *(_use_quantized(title) if _is_quantized(config) else _use(title, config)),
             *(["## Recipe", "", *("    " + line for line in recipe.strip().splitlines()), ""] if recipe else []),
         ]
     )
 
 
-def dense_card(title: str, source: str, quantization: Mapping[str, Any] | None) -> str:
+def dense_card(title: str, config: Mapping[str, Any], provenance: Mapping[str, Any], source: str) -> str:
     """The text of the card of a plain checkpoint.
 
     Args:
-        title: name of the model.
+        title, config, provenance: see `model_card`.
         source: name of the sparse checkpoint that it was made of.
-        quantization: how the weights are quantized, None if they are not.
     """
     return "\n".join(
         [
-            "---",
-            "library_name: transformers",
-            "---",
-            f"# {title}",
-            "",
+            *_head(title, config, provenance, ["pruned"]),
             f"The weights of `{source}` with the sparse compression taken off: zeros are stored, and multiplied, like "
             "any other value.",
-            *([] if quantization is None else [_quantized(quantization)]),
+            *_quantized(config),
             "vLLM and transformers open this checkpoint by themselves.",
             "",
+            *_facts(provenance),
+            *_figures(provenance.get("figures")),
         ]
     )
 
 
-_USE = [
-    "## How to use it",
-    "",
-    "Install `efx-plugin` beside vLLM or transformers; neither opens this checkpoint without it: vLLM says",
-    '"Sparsity support has been removed", and `from_pretrained` refuses, because it would otherwise make',
-    "the projections up.",
-    "",
-    "    pip install 'efx-plugin[serve]' && efx serve DIRECTORY",
-    "",
-    "or, in Python,",
-    "",
-    "    import efx_plugin  # before from_pretrained",
-    "    model = transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY)  # dense weights, the same zeros",
-    "",
-]
-
-_USE_QUANTIZED = [
-    "## How to use it",
-    "",
-    "Install `efx-plugin` beside vLLM, which then serves int8 weights (W8A8 with dynamic activations, W8A16):",
-    "",
-    "    pip install 'efx-plugin[serve]' && efx serve DIRECTORY",
-    "",
-    "For other kinds of quantization take the sparse compression off; what is left is the same quantized model:",
-    "",
-    "    efx export DIRECTORY DENSE --structure dense && vllm serve DENSE",
-    "",
-    "As a plain transformers model, with its weights dequantized and the same zeros:",
-    "",
-    "    model = efx_plugin.load_sparse(DIRECTORY)",
-    "",
-]
+def _head(title: str, config: Mapping[str, Any], provenance: Mapping[str, Any], tags: list[str]) -> list[str]:
+    """Front matter as the hub reads it, and the heading."""
+    architecture = _architecture(config)
+    base = provenance.get("base_model")
+    front = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=next((task for end, task in _TASKS.items() if architecture.endswith(end)), None),
+        base_model=base if _is_hub_name(base) else None,
+        tags=[*tags, "efx-plugin", "arxiv:2511.19935"],
+        **{key: provenance[key] for key in _FRONT if provenance.get(key)},
+    )
+    return [
+        "---",
+        front.to_yaml(),
+        "---",
+        f"# {title}",
+        "",
+        f"Made with efx-plugin {__version__}, home of {_PAPER}: pruning a model together with its LoRA adapter.",
+        "",
+    ]
 
 
-def _quantized(quantization: Mapping[str, Any]) -> str:
+def _use(title: str, config: Mapping[str, Any]) -> list[str]:
+    return [
+        "## How to use it",
+        "",
+        "Install `efx-plugin` beside vLLM or transformers; neither opens this checkpoint without it: vLLM says",
+        '"Sparsity support has been removed", and `from_pretrained` refuses, because it would otherwise make',
+        "the projections up. With the files in a directory of this name,",
+        "",
+        f"    pip install 'efx-plugin[serve]' && efx serve {_path(title)}",
+        "",
+        "or, in Python,",
+        "",
+        "    import efx_plugin, transformers",
+        f"    model = transformers.{_architecture(config)}.from_pretrained({'./' + title!r})  # dense, the same zeros",
+        "",
+    ]
+
+
+def _use_quantized(title: str) -> list[str]:
+    dense = _path(f"{title}-dense")
+    return [
+        "## How to use it",
+        "",
+        "Install `efx-plugin` beside vLLM, which then serves int8 weights (W8A8 with dynamic activations, W8A16). With",
+        "the files in a directory of this name:",
+        "",
+        f"    pip install 'efx-plugin[serve]' && efx serve {_path(title)}",
+        "",
+        "For other kinds of quantization take the sparse compression off; what is left is the same quantized model:",
+        "",
+        f"    efx export {_path(title)} {dense} --structure dense && vllm serve {dense}",
+        "",
+        "As a plain transformers model, with its weights dequantized and the same zeros:",
+        "",
+        f"    model = efx_plugin.load_sparse({'./' + title!r})",
+        "",
+    ]
+
+
+def _path(title: str) -> str:
+    return shlex.quote(f"./{title}")
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    return str((config.get("architectures") or ["AutoModel"])[0])
+
+
+def _is_quantized(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("quantization_config", {}).get("config_groups"))
+
+
+def _quantized(config: Mapping[str, Any]) -> list[str]:
+    if not _is_quantized(config):
+        return []
+    quantization = config["quantization_config"]
     widths = sorted(
         {
             f"{group['weights']['num_bits']}-bit {group['weights']['type']}"
@@ -136,14 +170,14 @@ def _quantized(quantization: Mapping[str, Any]) -> str:
             if group["weights"]
         }
     )
-    return (
+    return [
         f"They are quantized ({', '.join(widths)}, `{quantization['format']}`), with their scales stored beside them."
-    )
+    ]
 
 
-def _facts(metadata: Mapping[str, Any]) -> list[str]:
+def _facts(provenance: Mapping[str, Any]) -> list[str]:
     names = {"base_model": "Base model", "adapter": "Adapter", "calibration": "Calibration data"}
-    facts = [f"- {label}: {metadata[key]}" for key, label in names.items() if metadata.get(key)]
+    facts = [f"- {label}: {provenance[key]}" for key, label in names.items() if provenance.get(key)]
     return [*facts, ""] if facts else []
 
 

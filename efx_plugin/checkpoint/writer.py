@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from efx_plugin.checkpoint import dense, model_weights, quantized, storage_plan
+from efx_plugin.checkpoint import dense, model_weights, provenance, quantized, storage_plan
 from efx_plugin.checkpoint.config import quantizes, sparse_config, sparsity_of
 from efx_plugin.checkpoint.fit import check_fit
-from efx_plugin.checkpoint.model_card import check_metadata, model_card
+from efx_plugin.checkpoint.model_card import model_card
+from efx_plugin.checkpoint.provenance import check_metadata
 from efx_plugin.checkpoint.reader import read_config
 from efx_plugin.checkpoint.storage import atomic, safetensors_file, shards
 from efx_plugin.checkpoint.storage.prefetch import map_ahead
@@ -56,7 +57,9 @@ def save_sparse(
         companions: files to copy as they are, by name, in place of the tokenizer and the model's generation config.
         recipe: the recipe that pruned the model, a path or its YAML text; saved along as recipe.yaml.
         max_shard_size: bytes, or a size such as "5GB".
-        metadata: for the model card: `base_model`, `adapter` and `calibration` (text), `figures` (name -> value).
+        metadata: for the model card: `base_model`, `adapter` and `calibration` (text), `figures` (name -> value),
+            `license` and `language` as the hub writes them; what is not given is taken from the directory that the
+            model was loaded from.
         progress: show a progress bar if it takes longer than two seconds.
 
     Raises:
@@ -85,7 +88,8 @@ def save_sparse(
         if recipe_text is not None:
             (destination / "recipe.yaml").write_text(recipe_text)
 
-    metadata.setdefault("base_model", _public_name(getattr(model.config, "_name_or_path", "")))
+    loaded_from = getattr(model.config, "_name_or_path", "")
+    known = provenance.of_directory(loaded_from) if os.path.isdir(loaded_from) else {"base_model": loaded_from}
     _write(
         directory,
         storage_plan.Source(
@@ -97,7 +101,7 @@ def save_sparse(
         structure,
         quantization=described,
         max_shard_size=storage_plan.parse_size(max_shard_size),
-        metadata=metadata,
+        metadata=known | metadata,
         recipe=recipe_text,
         extras=extras,
         progress=progress,
@@ -125,7 +129,8 @@ def export_checkpoint(
     Args:
         source: a local directory with config.json and safetensors files.
         structure: as for `save_sparse`, or "dense".
-        directory, max_shard_size, metadata, progress: see `save_sparse`; the card of a dense one has no metadata.
+        directory, max_shard_size, metadata, progress: see `save_sparse`; what the source says of its base model,
+            adapter, calibration and figures is passed on.
 
     Raises:
         EfxError: as `save_sparse`; or the source is an adapter, not in safetensors, or has that structure already.
@@ -134,7 +139,13 @@ def export_checkpoint(
     atomic.refuse_existing(directory)
     source = Path(source)
     if structure == dense.NAME:
-        dense.export_dense(source, directory, max_shard_size=storage_plan.parse_size(max_shard_size), progress=progress)
+        dense.export_dense(
+            source,
+            directory,
+            max_shard_size=storage_plan.parse_size(max_shard_size),
+            metadata=check_metadata(metadata),
+            progress=progress,
+        )
         return
     storage_plan.check_structure(structure)
     metadata = check_metadata(metadata)
@@ -146,7 +157,6 @@ def export_checkpoint(
     index = safetensors_file.read_index(source)
     aliases = _stored_twice(source, index, model_weights.tied_weights(skeleton))
     recipe = source / "recipe.yaml"
-    metadata.setdefault("base_model", _public_name(source))
     weights = storage_plan.Source(
         {name: (stored.dtype, stored.shape) for name, stored in index.items() if name not in aliases},
         lambda name: safetensors_file.read_tensor(source, index[name]),
@@ -162,7 +172,7 @@ def export_checkpoint(
         structure,
         quantization=described,
         max_shard_size=storage_plan.parse_size(max_shard_size),
-        metadata=metadata,
+        metadata=provenance.of_directory(source) | metadata,
         recipe=recipe.read_text() if recipe.is_file() else None,
         extras=lambda destination: shards.copy_companions(shards.companions(source), destination),
         progress=progress,
@@ -209,7 +219,8 @@ def _write(
         described = sparse_config(config, form, ignore, zeros, quantization)
         shards.write_json(destination / "config.json", described)
         extras(destination)
-        card = model_card(Path(directory).name, metadata, form, surveys, sparse, recipe, quantization)
+        shards.write_json(destination / shards.PROVENANCE_FILE, metadata)
+        card = model_card(Path(directory).name, described, metadata, form, surveys, sparse, recipe)
         (destination / "README.md").write_text(card)
 
 
@@ -297,8 +308,3 @@ def _read_recipe(recipe: str | os.PathLike | None) -> str | None:
         return Path(recipe).read_text()
     except OSError as error:
         raise EfxError(f"the recipe {recipe} cannot be read: {error.strerror}") from error
-
-
-def _public_name(model: str | os.PathLike) -> str:
-    """The name of a model for others to read: of a local directory only the last part."""
-    return Path(model).absolute().name if os.path.isdir(model) else str(model)

@@ -65,7 +65,6 @@ def prune_to_checkpoint(request: PruneRequest) -> dict[str, Any]:
     network = repack_moe(network)  # oneshot takes experts apart to calibrate them
     restore(network, dtypes)
     metadata = {
-        "base_model": request.model.resolve().name,
         "calibration": f"{len(calibration)} sequences of {request.length} tokens from {request.dataset_name}",
     }
     if request.adapter is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+import efx_plugin
 from efx_plugin.checkpoint import expand, export_checkpoint, linear_bytes, load_sparse, read_index, save_sparse
 from efx_plugin.checkpoint.summary import summarize
 from efx_plugin.errors import EfxError, SparseCheckpointError
@@ -313,7 +315,6 @@ def test_companions_of_a_saved_model(tmp_path):
     assert (tmp_path / "sparse" / "recipe.yaml").read_text() == RECIPE
     assert load_sparse(tmp_path / "sparse").generation_config.max_new_tokens == 7
     card = (tmp_path / "sparse" / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\nbase_model: some/base\n")
     for expected in (
         "licence texts",
         "| perplexity | 26.1 |",
@@ -374,6 +375,7 @@ def test_companions_of_an_exported_directory(tmp_path, dense):
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "provenance.json",
         "recipe.yaml",
         "tokenizer.json",
         "tokenizer.model",
@@ -382,6 +384,93 @@ def test_companions_of_an_exported_directory(tmp_path, dense):
     assert "- Base model: source\n" in card
     assert str(tmp_path) not in card
     assert "the recipe.yaml" in card
+
+
+# What it was made of, and what the hub is told.
+
+MADE_OF = {
+    "base_model": "some/base",
+    "adapter": "legal-lora",
+    "calibration": "128 sequences of licence texts",
+    "figures": {"perplexity": 26.1},
+    "license": "apache-2.0",
+    "language": ["en", "de"],
+}
+
+
+def front_matter(directory: Path) -> dict:
+    """As the hub reads it: YAML between the first two lines of dashes."""
+    _, front, _ = (directory / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(front)
+
+
+def test_provenance_outlives_any_chain_of_exports(tmp_path):
+    save_sparse(make_model(), tmp_path / "0", metadata=MADE_OF)
+    for step, structure in enumerate(["dense", "sparse-bitmask", "dense", "auto"], start=1):
+        export_checkpoint(tmp_path / str(step - 1), tmp_path / str(step), structure=structure)
+    save_sparse(load_sparse(tmp_path / "4"), tmp_path / "5")
+    for step in range(6):
+        assert json.loads((tmp_path / str(step) / "provenance.json").read_text()) == MADE_OF
+        card = (tmp_path / str(step) / "README.md").read_text()
+        for words in ("- Base model: some/base", "- Adapter: legal-lora", "licence texts", "| perplexity | 26.1 |"):
+            assert words in card
+        front = front_matter(tmp_path / str(step))
+        assert (front["base_model"], front["license"], front["language"]) == ("some/base", "apache-2.0", ["en", "de"])
+    export_checkpoint(tmp_path / "1", tmp_path / "named", metadata={"base_model": "another/base"})
+    known = json.loads((tmp_path / "named" / "provenance.json").read_text())
+    assert known == MADE_OF | {"base_model": "another/base"}
+
+
+def test_a_damaged_provenance_is_named_before_the_work(tmp_path, dense):
+    shutil.copytree(dense[1], tmp_path / "dense")
+    for content, message in (
+        ("[]", "provenance.json"),
+        ("{", "provenance.json"),
+        ('{"figures": 3}', "made of: correct"),
+    ):
+        (tmp_path / "dense" / "provenance.json").write_text(content)
+        refuse(message, tmp_path, export_checkpoint, tmp_path / "dense")
+
+
+def test_the_card_is_what_the_hub_takes(tmp_path):
+    hub = tmp_path / "models--some--base" / "snapshots" / "1234"
+    model = make_model()
+    model.save_pretrained(hub)
+    (hub / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: 'x: y'\nlanguage: [en]\ntags: [a]\n---\n# Base\n"
+    )
+    for directory, write in {
+        "saved": lambda to: save_sparse(AutoModelForCausalLM.from_pretrained(hub), to),
+        "exported": lambda to: export_checkpoint(hub, to),
+        "plain": lambda to: export_checkpoint(tmp_path / "saved", to, structure="dense"),
+    }.items():
+        write(tmp_path / directory)
+        front = front_matter(tmp_path / directory)
+        kind = ["pruned"] if directory == "plain" else ["sparse", "compressed-tensors"]
+        assert front == {
+            "base_model": "some/base",
+            "library_name": "transformers",
+            "pipeline_tag": "text-generation",
+            "license": "other",
+            "license_name": "x: y",
+            "language": ["en"],
+            "tags": [*kind, "efx-plugin", "arxiv:2511.19935"],
+        }
+        card = (tmp_path / directory / "README.md").read_text()
+        assert f"efx-plugin {efx_plugin.__version__}" in card
+        assert "https://arxiv.org/abs/2511.19935" in card
+        assert "DIRECTORY" not in card
+        if directory != "plain":
+            assert f"efx serve ./{directory}\n" in card
+            assert f"transformers.LlamaForCausalLM.from_pretrained('./{directory}')" in card
+
+
+def test_front_matter_that_is_no_yaml_does_not_stop_an_export(tmp_path, dense, caplog):
+    shutil.copytree(dense[1], tmp_path / "dense")
+    (tmp_path / "dense" / "README.md").write_text("---\nlicense: [\n---\n")
+    export_checkpoint(tmp_path / "dense", tmp_path / "sparse")
+    assert "licence of the base model is not passed on" in caplog.text
+    assert "license" not in front_matter(tmp_path / "sparse")
 
 
 # Refusals: one sentence, and nothing is written.

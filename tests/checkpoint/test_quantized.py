@@ -229,7 +229,7 @@ def test_bytes_and_card(case):
     card = (folder / "sparse" / "README.md").read_text()
     assert f"| all | 7 | {1 - nonzeros(folder / 'sparse') / weights:.1%} | {weights:,} | {sizes['sparse']:,} |" in card
     assert f"They are quantized (8-bit {'float' if 'FP8' in scheme else 'int'}, `{FORMATS[scheme]}`)" in card
-    assert "load_sparse(DIRECTORY)" in card and "--structure dense" in card
+    assert "load_sparse('./sparse')" in card and "--structure dense" in card
 
 
 def nonzeros(directory: Path) -> int:

@@ -25,7 +25,8 @@ _NOT_COPIED_SUFFIXES = (
     ".h5",
     ".msgpack",
 )
-_NOT_COPIED = ("config.json", "README.md", checksums.FILE)
+PROVENANCE_FILE = "provenance.json"
+_NOT_COPIED = ("config.json", "README.md", PROVENANCE_FILE, checksums.FILE)
 _COPIED_DIRECTORY = "additional_chat_templates"
 
 
