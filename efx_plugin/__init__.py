@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
+from efx_plugin.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from efx_plugin.checkpoint import load_sparse, save_sparse
     from efx_plugin.kernels import sparse_linear
     from efx_plugin.model.adapters import merge_adapters
     from efx_plugin.modifier import EfficientXpertModifier
     from efx_plugin.training import EfficientXpertCallback
-
-__version__ = "0.1.0"
 
 __all__ = [
     "EfficientXpertCallback",

@@ -8,9 +8,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from efx_plugin import __version__
 from efx_plugin.checkpoint.formats.protocol import Format
 from efx_plugin.checkpoint.storage_plan import Survey
+from efx_plugin.version import __version__
 
 _PAPER = "[EfficientXpert](https://arxiv.org/abs/2511.19935)"
 
