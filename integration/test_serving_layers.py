@@ -487,7 +487,7 @@ def test_registering_is_idempotent_and_replaces_vllms_own():
 def test_an_unsupported_vllm_is_named_with_the_remedy_and_not_broken(monkeypatch):
     import logging
 
-    from efx_plugin.serving import register
+    from efx_plugin.serving import register, supported_vllm
 
     lines = []
     handler = logging.Handler()
@@ -497,7 +497,7 @@ def test_an_unsupported_vllm_is_named_with_the_remedy_and_not_broken(monkeypatch
     register()
     ((level, message),) = lines
     assert level == "ERROR"
-    assert "supports 0.32 and 0.33" in message and "pip install 'efx-plugin[serve]'" in message
+    assert f"supports {supported_vllm()}: install" in message and "pip install 'efx-plugin[serve]'" in message
 
 
 def test_importing_the_plugin_is_cheap():

@@ -4,6 +4,8 @@ vLLM calls `register` (entry point group `vllm.general_plugins`) in every one of
 is cheap and cannot fail: vLLM itself is imported inside.
 """
 
+from importlib.metadata import requires
+
 
 def register() -> None:
     """Put our configuration in the place of vLLM's own "compressed-tensors"; models without sparsity see no change.
@@ -21,10 +23,17 @@ def register() -> None:
     except Exception as error:
         init_logger("vllm.efx_plugin").error(
             "efx-plugin cannot serve sparse checkpoints in this environment: %s: %s. vLLM is %s; the plugin supports "
-            "0.32 and 0.33: install one of these next to it (pip install 'efx-plugin[serve]').",
+            "%s: install one of these next to it (pip install 'efx-plugin[serve]')",
             type(error).__name__,
             error,
             vllm_version,
+            supported_vllm(),
         )
         return
     register_quantization_config("compressed-tensors")(SparseCompressedTensorsConfig)
+
+
+def supported_vllm() -> str:
+    """The releases of vLLM that this package requires, as its metadata names them: "vllm<2,>=1"."""
+    named = (requirement.partition(";")[0].strip() for requirement in requires("efx-plugin") or ())
+    return next(one for one in named if one.startswith("vllm") and not one.startswith("vllm-"))
