@@ -240,11 +240,17 @@ for case in sorted(Path(sys.argv[1]).iterdir()):
     try:
         AutoModelForCausalLM.from_pretrained(case)
     except Exception as error:
-        print(case.name, "->", type(error).__name__, error)
+        print(case.name, "->", type(error).__name__, " ".join(str(error).split()))
     else:
         print(case.name, "-> loaded")
 assert (sys.argv[2] == "with") == any(name.partition(".")[0] == "efx_plugin" for name in sys.modules)
 """
+
+
+REMEDY = (
+    "This checkpoint is not damaged: it is sparse, and transformers reads it with the help of efx-plugin. "
+    "Run `pip install efx-plugin`, then `import efx_plugin` before from_pretrained"
+)
 
 
 def outcomes(directory: Path, how: str) -> dict[str, str]:
@@ -262,7 +268,27 @@ def test_transformers_alone_refuses_and_says_what_to_install(tmp_path):
         del config["quantization_config"]
         (tmp_path / f"{structure} without" / "config.json").write_text(json.dumps(config))
     for outcome in outcomes(tmp_path, "without").values():
-        assert "this checkpoint is sparse. Install efx-plugin and `import efx_plugin` before from_pretrained" in outcome
+        assert REMEDY in outcome
+
+
+LOAD_FROM_HUB = """
+import os, sys
+os.environ |= {"HF_HUB_CACHE": sys.argv[1], "HF_HUB_OFFLINE": "1"}
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained("some/expert")
+except Exception as error:
+    print(" ".join(str(error).split()))
+"""
+
+
+def test_transformers_alone_says_so_of_a_checkpoint_on_the_hub_too(tmp_path):
+    repository = tmp_path / "models--some--expert"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("1234")
+    (repository / "snapshots").mkdir()
+    save_sparse(make_model("unstructured"), repository / "snapshots" / "1234")
+    assert REMEDY in run(LOAD_FROM_HUB, tmp_path)
 
 
 def test_from_pretrained_refuses_what_is_corrupt(tmp_path):

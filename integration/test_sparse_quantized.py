@@ -20,7 +20,7 @@ import efx_plugin
 from efx_plugin.checkpoint import export_checkpoint, linear_bytes, load_sparse, save_sparse
 from efx_plugin.errors import EfxError
 from integration.old_releases import install
-from integration.test_checkpoint_readers import outcomes
+from integration.test_checkpoint_readers import REMEDY, outcomes
 from tests.support.tiny_llama import save_tiny_llama
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
@@ -300,7 +300,7 @@ def test_from_pretrained_names_the_way_that_works(cases, tmp_path):
     for outcome in outcomes(tmp_path, "with").values():
         assert re.search(r"sparse and quantized, .* use efx_plugin\.load_sparse", outcome)
     for outcome in outcomes(tmp_path, "without").values():
-        assert "this checkpoint is sparse. Install efx-plugin" in outcome and "use efx_plugin.load_sparse" in outcome
+        assert REMEDY in outcome and "use efx_plugin.load_sparse" in outcome
 
 
 def test_four_bits_are_refused(source, tmp_path):

@@ -10,12 +10,14 @@ if TYPE_CHECKING:
 # The release of compressed-tensors whose readers and file layout these checkpoints follow.
 VERSION = "0.13.0"
 
-# transformers reads this key before it makes a model and quotes a value that is no file name. Without it, it dies of an
-# unrelated AttributeError, and if the quantization_config is taken out, it loads RANDOM projections with a warning.
+# transformers reads this key before it makes a model, and where the value ends in nothing that it takes for weights, it
+# quotes the value: for local directories and on the hub alike. Any file name that is not there fails later or, on the
+# hub, unnamed. Without this key it dies of an unrelated AttributeError, and if the quantization_config is taken out, it
+# loads RANDOM projections with a warning.
 GUARD_KEY = "transformers_weights"
 GUARD = (
-    "none, because this checkpoint is sparse. Install efx-plugin and `import efx_plugin` before from_pretrained, "
-    "or use efx_plugin.load_sparse"
+    "\nThis checkpoint is not damaged: it is sparse, and transformers reads it with the help of efx-plugin.\n"
+    "Run `pip install efx-plugin`, then `import efx_plugin` before from_pretrained, or use efx_plugin.load_sparse."
 )
 
 

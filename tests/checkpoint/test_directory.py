@@ -185,7 +185,7 @@ def test_the_config_is_the_models_with_the_storage_described(saved):
     model, directory = saved
     config = json.loads((directory / "config.json").read_text())
     described = config.pop("quantization_config")
-    assert config.pop("transformers_weights").startswith("none, because this checkpoint is sparse. Install efx-plugin")
+    assert config.pop("transformers_weights").startswith("\nThis checkpoint is not damaged: it is sparse")
     assert config == json.loads(model.config.to_json_string()) | {
         "architectures": ["LlamaForCausalLM"],
         "dtype": "bfloat16",
