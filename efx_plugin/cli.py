@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from efx_plugin import failures
+from efx_plugin import __version__, failures
 from efx_plugin.errors import EfxError, UsageError
 from efx_plugin.recipe_files import builtin_recipes
 
@@ -41,6 +42,21 @@ class Options:
     """
 
     debug: bool = False
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"efx-plugin {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def efx(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 def _set_debug(context: typer.Context, value: bool) -> None:
@@ -132,6 +148,7 @@ def prune(
         progress=not quiet,
     )
     request.check_names()
+    started = time.monotonic()
     if quiet:  # before anything is imported that reads it
         os.environ |= {"TQDM_DISABLE": "1", "LLM_COMPRESSOR_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
     _choose_device(device)
@@ -143,7 +160,7 @@ def prune(
         from efx_plugin.compress.prune import prune_to_checkpoint
 
         report = prune_to_checkpoint(request)
-    _show(report, as_json, quiet, title=str(output))
+    _show(report | {"seconds": time.monotonic() - started}, as_json, quiet)
 
 
 @app.command()
@@ -165,12 +182,15 @@ def export(
     from efx_plugin.checkpoint.storage.atomic import refuse_existing
 
     refuse_existing(output)  # torch is imported next
-    from efx_plugin.checkpoint import export_checkpoint, linear_bytes
+    started = time.monotonic()
+    from efx_plugin.checkpoint import export_checkpoint, read_index
+    from efx_plugin.checkpoint.reader import sizes
 
     export_checkpoint(source, output, structure=structure, progress=not quiet)
-    sizes = linear_bytes(source if structure == "dense" else output)
-    report = {"output": str(output), "linear_bytes_dense": sizes["dense"], "linear_bytes_sparse": sizes["sparse"]}
-    _show(report, as_json, quiet, title=str(output))
+    report = {"output": str(output), **sizes(source if structure == "dense" else output)}
+    if structure == "dense":
+        report["bytes_on_disk"] = sum(stored.nbytes for stored in read_index(output).values())
+    _show(report | {"seconds": time.monotonic() - started}, as_json, quiet)
 
 
 @app.command()
@@ -189,16 +209,16 @@ def inspect(
     from efx_plugin.checkpoint.summary import summarize
 
     summary = summarize(directory, verify=verify)
+    if as_json:
+        print(json.dumps(summary.as_json()))
+    elif not quiet:
+        _show_summary(summary, verify)
     if plot is not None:
         try:
             from efx_plugin.plots import sparsity_heat_map
         except ImportError as error:
             raise EfxError("--plot needs matplotlib: pip install 'efx-plugin[plot]'") from error
         sparsity_heat_map(summary, plot)
-    if as_json:
-        print(json.dumps(summary.as_json()))
-    elif not quiet:
-        _show_summary(summary, verify)
 
 
 @app.command()
@@ -296,14 +316,20 @@ def _choose_device(device: str) -> None:
         raise EfxError(f"--device {device}: torch finds no such GPU; use --device cpu or auto")
 
 
-def _show(report: dict[str, Any], as_json: bool, quiet: bool, title: str) -> None:
+def _show(report: dict[str, Any], as_json: bool, quiet: bool) -> None:
     if as_json:
         print(json.dumps(report))
     if as_json or quiet:
         return
-    table = Table(title=title, show_header=False)
-    for name, value in report.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+    table = Table("", "dense", "here", "ratio", title=report["output"])
+    whole = (report["bytes_dense"], report["bytes_on_disk"])
+    linears = (report["linear_bytes_dense"], report["linear_bytes_sparse"])
+    if whole[0] == whole[1]:  # written dense
+        linears = (linears[0], linears[0])
+    for name, (dense, here) in (("bytes of compressed linear layers", linears), ("bytes of all weights", whole)):
+        table.add_row(name, f"{dense:,}", f"{here:,}", f"{here / dense:.3f}")
+    table.add_row("sparsity of these linear layers", "", f"{report['sparsity']:.4f}", "")
+    table.add_row("seconds", "", f"{report['seconds']:.1f}", "")
     Console().print(table)
 
 

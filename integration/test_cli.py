@@ -14,12 +14,18 @@ from unittest import mock
 
 import pytest
 import torch
+from loguru import logger
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from efx_plugin.checkpoint import load_sparse, save_sparse
+import efx_plugin
+from efx_plugin.checkpoint import load_sparse, read_index, save_sparse
 from efx_plugin.cli import main
+from efx_plugin.compress.preflight import preflight
+from efx_plugin.compress.recipe import find_recipe
+from efx_plugin.compress.request import PruneRequest
 from efx_plugin.errors import EfxError
+from efx_plugin.model.loading import Sources
 from tests.support.tiny_llama import save_tiny_llama, tiny_llama, tiny_tokenizer
 from tests.support.tiny_models import tiny_model
 
@@ -171,6 +177,73 @@ def test_experts_taken_apart_are_not_stored_so(tmp_path):
         save_sparse(tiny_model("Mixtral"), tmp_path / "moe")
 
 
+def test_prune_says_what_it_saves_and_how_long_it_takes(model, text, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(logger, "info", lambda message, *args, **kwargs: said.append(message))
+    recipe = RECIPES / "expert_50.yaml"
+    report = json.loads(efx_prune(model, tmp_path / "one", text, recipe, "--json").stdout)
+    (estimate,) = [line for line in said if line.startswith("calibration: 8 sequences of 48 tokens, about ")]
+    pruned = [line for line in said if "EfficientXpertModifier pruned" in line]
+    assert said.index(estimate) < said.index(pruned[0])
+    index = read_index(tmp_path / "one")
+    assert report["bytes_on_disk"] == sum(stored.nbytes for stored in index.values()) < report["bytes_dense"]
+    assert report["bytes_dense"] == sum(p.nbytes for p in load_sparse(tmp_path / "one").state_dict().values())
+    assert report["sparsity"] == pytest.approx(0.5, abs=0.002) and report["seconds"] > 0
+    assert len(report["layers"]) == 14
+    assert sum(layer["zeros"] for layer in report["layers"]) / sum(layer["size"] for layer in report["layers"]) == (
+        pytest.approx(report["sparsity"], abs=1e-6)
+    )
+    table = efx_prune(model, tmp_path / "two", text, recipe).stdout
+    for words in ("sparsity of these linear layers", "bytes of all weights", f"{report['bytes_dense']:,}", "seconds"):
+        assert words in table
+    ratio = f"{report['bytes_on_disk'] / report['bytes_dense']:.3f}"
+    assert ratio in table and "linear_bytes" not in table
+
+
+def test_the_disk_and_the_format_are_checked_before_a_weight_is_loaded(model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(Sources, "load", lambda self: pytest.fail("weights were loaded"))
+    recipe, output = RECIPES / "expert_50.yaml", tmp_path / "new" / "expert"
+    contradicting = efx_prune(model, output, text, recipe, "--structure", "sparse-24-bitmask")
+    assert_refused(contradicting, tmp_path / "new", "stores 2:4 sparsity and the recipe prunes unstructured", code=2)
+    unknown = efx_prune(model, output, text, recipe, "--structure", "csr")
+    assert_refused(unknown, tmp_path / "new", "--structure is 'csr': it can be auto, ", code=2)
+    usage = shutil.disk_usage(tmp_path)
+    for free, fits in ((0.7, True), (0.5, False)):
+        left = int(free * (model / "model.safetensors").stat().st_size)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, left=left: usage._replace(free=left))
+        if fits:
+            with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
+                preflighted(model, output, text)
+        else:
+            assert_refused(efx_prune(model, output, text, recipe), tmp_path / "new", "make room or write elsewhere")
+
+
+def preflighted(model, output, text):
+    request = PruneRequest(model, output, find_recipe("expert_50"), str(text), samples=8, length=48)
+    return preflight(request).sources.load()
+
+
+def test_code_that_comes_with_a_model_runs_when_it_is_allowed_to(model, text, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / "modeling_own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((folder / "config.json").read_text()) | {
+        "architectures": ["OwnForCausalLM"],
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    output = tmp_path / "expert"
+    assert_refused(efx_prune(folder, output, text, "wanda_50"), output, "--trust-remote-code")
+    result = efx_prune(folder, output, text, "wanda_50", "--trust-remote-code")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((output / "config.json").read_text())["architectures"] == ["OwnForCausalLM"]
+    assert (output / "modeling_own.py").read_text() == (folder / "modeling_own.py").read_text()
+
+
 @pytest.mark.parametrize("recipe", ["wanda_50", "sparsegpt_50"])
 def test_the_baseline_recipes_run_as_they_are(model, text, tmp_path, recipe):
     result = efx_prune(model, tmp_path / "pruned", text, RECIPES / f"{recipe}.yaml", "--json")
@@ -187,12 +260,15 @@ def test_export_converts_a_pruned_directory(model, tmp_path):
     result = efx("export", tmp_path / "pruned", tmp_path / "sparse", "--json")
     assert result.returncode == 0, result.stderr
     sizes = json.loads(result.stdout)
+    assert sizes["bytes_on_disk"] < sizes["bytes_dense"] and sizes["sparsity"] == 0.5
     assert sizes["linear_bytes_sparse"] < sizes["linear_bytes_dense"]
     loaded = load_sparse(tmp_path / "sparse").state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in pruned.state_dict().items())
     back = efx("export", tmp_path / "sparse", tmp_path / "dense", "--structure", "dense", "--json")
     assert back.returncode == 0, back.stderr
-    assert json.loads(back.stdout)["linear_bytes_dense"] == sizes["linear_bytes_dense"]
+    dense = json.loads(back.stdout)
+    assert dense["linear_bytes_dense"] == sizes["linear_bytes_dense"]
+    assert dense["bytes_on_disk"] == dense["bytes_dense"] == sizes["bytes_dense"]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").state_dict()
     assert all(torch.equal(value, again[name]) for name, value in pruned.state_dict().items())
 
@@ -216,6 +292,19 @@ def test_inspect_shows_a_table_with_bars_and_writes_a_picture(sparse, tmp_path):
     assert (tmp_path / "map.png").stat().st_size > 1000
     summary = json.loads(efx("inspect", sparse, "--json").stdout)
     assert summary["sparsity"] == 0.5 and summary["two_of_four"] is True and summary["checksums"] == "not checked"
+
+
+def test_inspect_without_matplotlib_shows_its_table_first(sparse, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "efx_plugin.plots", raising=False)
+    result = efx("inspect", sparse, "--plot", tmp_path / "map.png")
+    assert "self_attn.q_proj" in result.stdout
+    assert_refused(result, tmp_path / "map.png", "--plot needs matplotlib: pip install 'efx-plugin[plot]'")
+
+
+def test_the_version_is_shown():
+    result = efx("--version")
+    assert (result.returncode, result.stdout) == (0, f"efx-plugin {efx_plugin.__version__}\n")
 
 
 def test_inspect_names_what_is_corrupt(sparse, tmp_path):

@@ -152,6 +152,26 @@ def linear_bytes(directory: str | os.PathLike[str]) -> dict[str, int]:
     }
 
 
+def sizes(directory: str | os.PathLike[str]) -> dict[str, float]:
+    """How sparse a sparse checkpoint is and what that saves, from its config and headers alone.
+
+    Returns:
+        `sparsity`, the fraction of zeros in the compressed weights; `linear_bytes_dense` and `linear_bytes_sparse`, see
+        `linear_bytes`; `bytes_dense` and `bytes_on_disk` of all weights.
+
+    Raises:
+        SparseCheckpointError: the directory is no sparse checkpoint, or is inconsistent.
+    """
+    linears = linear_bytes(directory)
+    return {
+        "sparsity": read_sparsity_config(directory)["global_sparsity"],
+        "linear_bytes_dense": linears["dense"],
+        "linear_bytes_sparse": linears["sparse"],
+        "bytes_dense": sum(safetensors_file.nbytes(*described) for described in read_dense_layout(directory).values()),
+        "bytes_on_disk": sum(stored.nbytes for stored in safetensors_file.read_index(directory).values()),
+    }
+
+
 def load_sparse(directory: str | os.PathLike) -> "PreTrainedModel":
     """Load a sparse checkpoint as a plain transformers model with dense weights, in either format, from this package or
     from compressed-tensors 0.8 to 0.14.

@@ -1,64 +1,53 @@
 """From a model on disk to a pruned sparse checkpoint: what `efx prune` runs."""
 
-import math
-import re
+import time
+from dataclasses import asdict
 from typing import Any
 
+import datasets
+import torch
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import repack_moe
-from llmcompressor.recipe import Recipe
 from loguru import logger
 from peft import PeftModel
+from torch import nn
 
-from efx_plugin.checkpoint import linear_bytes, save_sparse
-from efx_plugin.compress.calibration import calibration_set
+from efx_plugin.checkpoint import save_sparse
+from efx_plugin.checkpoint.reader import sizes
+from efx_plugin.compress.preflight import preflight
 from efx_plugin.compress.request import PruneRequest
-from efx_plugin.engine.blocks import linears_outside_blocks
-from efx_plugin.engine.compute_dtype import choose_compute_dtype, convert, restore, stored_dtype
+from efx_plugin.engine.compute_dtype import convert, restore
 from efx_plugin.model.adapters import merge_adapters
-from efx_plugin.model.loading import inspect_sources
 from efx_plugin.modifier import EfficientXpertModifier
 
 
 def prune_to_checkpoint(request: PruneRequest) -> dict[str, Any]:
-    """Load, calibrate, prune, merge and store; the output appears only when complete.
+    """Look, load, calibrate, prune, merge and store; the output appears only when complete.
 
     Returns:
-        Sparsity of the linear layers, and their bytes dense and on disk.
+        What `sizes` says of the output, and `layers`: for each layer that `EfficientXpertModifier` pruned, what
+        became of it.
 
     Raises:
         EfxError: any input is unfit; nothing is written then.
     """
-    request.check_names()
-    loaded_recipe = request.recipe.instantiate()
-    sources = inspect_sources(request.model, request.adapter, trust_remote_code=request.trust_remote_code)
-    for line in sources.describe():
-        logger.info(line)
-    stored = stored_dtype((tensor.dtype, math.prod(tensor.shape)) for tensor in sources.files.index.values())
-    chosen = choose_compute_dtype(*stored, request.compute_dtype)
-    logger.info(chosen.reason)
-    tokenizer = sources.tokenizer()
-    calibration = calibration_set(
-        request.dataset,
-        tokenizer,
-        samples=request.samples,
-        length=request.length,
-        text_field=request.text_field,
-    )
-    _leave_alone(loaded_recipe, linears_outside_blocks(sources.skeleton))
+    prepared = preflight(request)
+    sources, recipe, calibration = prepared.sources, prepared.recipe, prepared.calibration
     network = sources.load()
-    dtypes = convert(network, chosen.dtype)
+    dtypes = convert(network, prepared.compute.dtype)
     if isinstance(network, PeftModel) and not all(
-        isinstance(modifier, EfficientXpertModifier) for modifier in loaded_recipe.modifiers
+        isinstance(modifier, EfficientXpertModifier) for modifier in recipe.modifiers
     ):
         network = merge_adapters(network)  # the other modifiers know nothing of adapters
+    _say_time(network, calibration)
     oneshot(
         model=network.base_model.model if isinstance(network, PeftModel) else network,
-        processor=tokenizer,
-        recipe=loaded_recipe,
+        processor=prepared.tokenizer,
+        recipe=recipe,
         dataset=calibration,
         num_calibration_samples=request.samples,
         max_seq_length=request.length,
+        trust_remote_code_model=request.trust_remote_code,
     )
     if isinstance(network, PeftModel):
         network = merge_adapters(network)
@@ -78,17 +67,38 @@ def prune_to_checkpoint(request: PruneRequest) -> dict[str, Any]:
         metadata=metadata,
         progress=request.progress,
     )
-    sizes = linear_bytes(request.output)
-    return {"output": str(request.output), "linear_bytes_dense": sizes["dense"], "linear_bytes_sparse": sizes["sparse"]}
+    layers = [
+        asdict(layer) | {"sparsity": layer.sparsity}
+        for modifier in recipe.modifiers
+        if isinstance(modifier, EfficientXpertModifier)
+        for layer in modifier.report
+    ]
+    return {"output": str(request.output), **sizes(request.output), "layers": layers}
 
 
-def _leave_alone(recipe: Recipe, layers: list[str]) -> None:
-    """Have every modifier ignore layers that text does not calibrate or that a few weights decide in."""
-    if layers:
-        logger.info(f"{len(layers)} linear layers outside the decoder blocks stay as they are, such as {layers[0]}")
-    for modifier in recipe.modifiers:
-        if hasattr(modifier, "ignore"):
-            ignored = modifier.ignore or []
-            # SparseGPT and Wanda put a full stop behind the names of layers that are targeted as "Linear".
-            names = [rf"re:{re.escape(layer)}\.?$" for layer in layers]
-            modifier.ignore = [*([ignored] if isinstance(ignored, str) else ignored), *names]
+def _say_time(network: nn.Module, calibration: datasets.Dataset) -> None:
+    """Say how long calibration is going to take, by the time of its first sequence.
+
+    Every sequence passes each decoder block twice, before and after the block is pruned. On an accelerator, to which
+    the blocks are brought one by one, the first sequence would say nothing of the others.
+    """
+    amount = f"calibration: {len(calibration)} sequences of {len(calibration[0]['input_ids'])} tokens"
+    if torch.accelerator.is_available():
+        logger.info(amount)
+        return
+    first = {name: torch.tensor([values]) for name, values in calibration[0].items()}
+    started = time.monotonic()
+    with torch.no_grad():
+        network(**first)
+    seconds = time.monotonic() - started
+    logger.info(
+        f"{amount}, about {duration(2 * seconds * len(calibration))}: the first took {seconds:.1f} s and each passes "
+        "twice; the time to prune comes on top"
+    )
+
+
+def duration(seconds: float) -> str:
+    """A span of time for people, such as "40 seconds", "12 minutes" or "3.5 hours"."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

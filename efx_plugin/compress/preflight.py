@@ -1,0 +1,127 @@
+"""Everything that can be wrong with a request is found here, in seconds and before a weight is loaded."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.quantization import QuantizationMixin
+from llmcompressor.recipe import Recipe
+from loguru import logger
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from efx_plugin.checkpoint.formats.registry import find_format
+from efx_plugin.checkpoint.storage.atomic import refuse_full
+from efx_plugin.checkpoint.storage_plan import check_structure
+from efx_plugin.compress.calibration import calibration_set
+from efx_plugin.compress.request import PruneRequest
+from efx_plugin.engine.blocks import decoder_blocks, linears_outside_blocks
+from efx_plugin.engine.compute_dtype import ComputeDtype, choose_compute_dtype, stored_dtype
+from efx_plugin.errors import EfxError, UsageError
+from efx_plugin.model.adapters import LinearLayer, inner_model, linear_layers
+from efx_plugin.model.loading import Sources, inspect_sources
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that was found fit.
+
+    Attributes:
+        sources: model and adapter, to be loaded.
+        recipe: the modifiers, which leave alone what lies outside the decoder blocks.
+        compute: the dtype to compute in.
+        tokenizer: the adapter's or the model's.
+        calibration: the calibration sequences.
+    """
+
+    sources: Sources
+    recipe: Recipe
+    compute: ComputeDtype
+    tokenizer: PreTrainedTokenizerBase
+    calibration: datasets.Dataset
+
+
+def preflight(request: PruneRequest) -> Prepared:
+    """Look at names, recipe, model, adapter, tokenizer, memory, data and disk, and say what is going to be done.
+
+    Raises:
+        UsageError: something is named that is not there, or options contradict each other.
+        EfxError: something is unfit.
+    """
+    request.check_names()
+    recipe = request.recipe.instantiate()
+    _check_structure(request.structure, recipe)
+    sources = inspect_sources(request.model, request.adapter, trust_remote_code=request.trust_remote_code)
+    for line in sources.describe():
+        logger.info(line)
+    stored = stored_dtype((tensor.dtype, math.prod(tensor.shape)) for tensor in sources.files.index.values())
+    compute = choose_compute_dtype(*stored, request.compute_dtype)
+    logger.info(compute.reason)
+    _leave_alone(recipe, linears_outside_blocks(sources.skeleton))
+    refuse_full(request.output, _least_bytes(sources, recipe))
+    tokenizer = sources.tokenizer()
+    calibration = calibration_set(
+        request.dataset,
+        tokenizer,
+        samples=request.samples,
+        length=request.length,
+        text_field=request.text_field,
+    )
+    return Prepared(sources, recipe, compute, tokenizer, calibration)
+
+
+def _check_structure(structure: str, recipe: Recipe) -> None:
+    try:
+        check_structure(structure)
+    except EfxError as error:
+        raise UsageError(f"--{error}") from error
+    if structure == "auto":
+        return
+    wanted = find_format(structure, "--structure").structure
+    pruned = {modifier.mask_structure for modifier in recipe.modifiers if hasattr(modifier, "mask_structure")}
+    if wanted != "unstructured" and pruned == {"0:0"}:
+        raise UsageError(
+            f"--structure {structure} stores {wanted} sparsity and the recipe prunes unstructured: set its "
+            f"mask_structure to {wanted}, or leave --structure at auto"
+        )
+
+
+def _leave_alone(recipe: Recipe, layers: list[str]) -> None:
+    """Have every modifier ignore layers that text does not calibrate or that a few weights decide in."""
+    if layers:
+        logger.info(f"{len(layers)} linear layers outside the decoder blocks stay as they are, such as {layers[0]}")
+    for modifier in recipe.modifiers:
+        if hasattr(modifier, "ignore"):
+            ignored = modifier.ignore or []
+            # SparseGPT and Wanda put a full stop behind the names of layers that are targeted as "Linear".
+            names = [rf"re:{re.escape(layer)}\.?$" for layer in layers]
+            modifier.ignore = [*([ignored] if isinstance(ignored, str) else ignored), *names]
+
+
+def _least_bytes(sources: Sources, recipe: Recipe) -> int:
+    """Bytes that the expert takes at least: a bit for every weight that may be pruned, and the values that are kept."""
+    whole = sum(tensor.nbytes for tensor in sources.files.index.values())
+    prunable = [layer.base.weight for layer in _linears_in_blocks(sources.skeleton)]
+    kept = 1 - max((_sparsity(modifier) for modifier in recipe.modifiers), default=0.0)
+    quantized = any(isinstance(modifier, QuantizationMixin) for modifier in recipe.modifiers)
+    least = sum(
+        weight.numel() / 8 + kept * weight.numel() * (0.5 if quantized else weight.element_size())
+        for weight in prunable
+    )
+    return max(0, whole - sum(weight.nbytes for weight in prunable)) + int(least)
+
+
+def _linears_in_blocks(model: nn.Module) -> list[LinearLayer]:
+    prefixes = tuple(f"{name}." for name in decoder_blocks(inner_model(model)))
+    return [layer for layer in linear_layers(model) if layer.name.startswith(prefixes)]
+
+
+def _sparsity(modifier: Modifier) -> float:
+    """The largest fraction of any layer that a modifier prunes."""
+    sparsity: Any = getattr(modifier, "sparsity", None) or 0.0
+    if isinstance(sparsity, dict | list):
+        return float(max(sparsity.values() if isinstance(sparsity, dict) else sparsity))
+    return float(sparsity)
