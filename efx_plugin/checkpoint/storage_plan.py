@@ -75,11 +75,12 @@ def survey(source: Source, name: str, is_linear: bool) -> Survey | None:
 
 
 def choose(structure: str, surveys: Mapping[str, Survey]) -> tuple[Format, frozenset[str]]:
-    """The format, and which Linear weights to store in it: those that it makes smaller, and their `_fellows`.
+    """The format, and which Linear weights to store in it: those that it makes smaller, and `_fellows` that fit it.
 
     Args:
         structure: the name of a format, or "auto": the first of the registry that makes every sparse weight smaller,
-            or if none does, the one that saves most bytes. Sparse is what at least one format makes smaller.
+            or if none does, the one that saves most bytes; of formats that can store the fellows too. Sparse is what at
+            least one format makes smaller.
         surveys: name -> survey of every Linear weight.
 
     Raises:
@@ -96,8 +97,13 @@ def choose(structure: str, surveys: Mapping[str, Survey]) -> tuple[Format, froze
         def saved(form: Format) -> int:
             return sum(surveys[name].nbytes(None) - surveys[name].nbytes(form) for name in gaining[form.name])
 
-        covering = [form for form in registry.FORMATS if gaining[form.name] == sparse]
-        form = covering[0] if covering else max(registry.FORMATS, key=saved)
+        whole = [
+            form
+            for form in registry.FORMATS
+            if all(form.name in surveys[name].fitting for name in _fellows(gaining[form.name], surveys))
+        ]
+        covering = [form for form in whole if gaining[form.name] == sparse]
+        form = covering[0] if covering else max(whole or registry.FORMATS, key=saved)
     else:
         form = registry.find_format(structure, "structure")
         for name in sorted(sparse):
@@ -106,11 +112,12 @@ def choose(structure: str, surveys: Mapping[str, Survey]) -> tuple[Format, froze
                     f"{name} is not {form.structure} sparse and would lose weights as {form.name}: use "
                     f'structure="auto" or prune to {form.structure}'
                 )
-    return form, _with_fellows(gaining[form.name], surveys, form)
+    fellows = _fellows(gaining[form.name], surveys)
+    return form, frozenset(name for name in fellows if form.name in surveys[name].fitting)
 
 
-def _with_fellows(names: frozenset[str], surveys: Mapping[str, Survey], form: Format) -> frozenset[str]:
-    """`names` and the weights beside them that share module and input width with one of them and fit the format.
+def _fellows(names: frozenset[str], surveys: Mapping[str, Survey]) -> frozenset[str]:
+    """`names`, and the weights that share module and input width with one of them.
 
     Serving hosts fuse such layers (q, k and v; gate and up) and take them all sparse or none. A weight with hardly any
     zeros grows by its mask, 1/16 of its size in bfloat16.
@@ -120,7 +127,7 @@ def _with_fellows(names: frozenset[str], surveys: Mapping[str, Survey], form: Fo
         return name.removesuffix(".weight").rpartition(".")[0], surveys[name].columns
 
     groups = {kin(name) for name in names}
-    return frozenset(name for name, found in surveys.items() if kin(name) in groups and form.name in found.fitting)
+    return frozenset(name for name in surveys if kin(name) in groups)
 
 
 def check_structure(structure: str) -> None:

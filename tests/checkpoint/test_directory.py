@@ -239,11 +239,11 @@ def test_what_hosts_fuse_is_stored_alike(tmp_path):
 
 def test_auto_chooses_24_only_if_every_sparse_weight_is(tmp_path):
     model = make_model(structure="2:4")
-    model.model.layers[0].mlp.up_proj.weight.data.fill_(1)  # dense, so it has no say
+    model.model.layers[0].mlp.down_proj.weight.data.fill_(1)  # dense, so it has no say
     save_sparse(model, tmp_path / "all")
     sparsity = quantization_config(tmp_path / "all")["sparsity_config"]
     assert (sparsity["format"], sparsity["sparsity_structure"]) == ("sparse-24-bitmask", "2:4")
-    assert "model.layers.0.mlp.up_proj" in sparsity["ignore"]
+    assert "model.layers.0.mlp.down_proj" in sparsity["ignore"]
 
     save_sparse(model, tmp_path / "asked", structure="sparse-bitmask")
     assert quantization_config(tmp_path / "asked")["sparsity_config"]["format"] == "sparse-bitmask"
@@ -257,6 +257,19 @@ def test_auto_chooses_24_only_if_every_sparse_weight_is(tmp_path):
     for name in ("all", "asked", "mixed"):
         compressed = load_sparse(tmp_path / name)
         assert compressed.model.layers[1].mlp.gate_proj.weight.count_nonzero() > 0
+
+
+@pytest.mark.parametrize("zeros", ["none", "unstructured, too few to gain"])
+def test_auto_never_chooses_a_format_that_parts_what_hosts_fuse(tmp_path, zeros):
+    """vLLM fuses gate and up and takes both sparse or none; sparse-24-bitmask cannot store a dense weight."""
+    model = make_model(structure="2:4")
+    model.model.layers[0].mlp.up_proj.weight.data.fill_(1)
+    if zeros != "none":
+        model.model.layers[0].mlp.up_proj.weight.data[0, :5] = 0
+    save_sparse(model, tmp_path / "sparse")
+    sparsity = quantization_config(tmp_path / "sparse")["sparsity_config"]
+    assert (sparsity["format"], sparsity["ignore"]) == ("sparse-bitmask", ["lm_head"])
+    assert_same(model, load_sparse(tmp_path / "sparse"))
 
 
 def test_negative_zeros_become_zeros(tmp_path):
