@@ -6,7 +6,6 @@ itself stays unmasked, so a later pruning point may take a weight back. After th
 end of training everything is merged into a plain sparse model.
 """
 
-import inspect
 import math
 import time
 from collections import deque
@@ -90,6 +89,7 @@ class EfficientXpertCallback(TrainerCallback):
         pruning_arguments: those of `PruningArguments`. Propagation "fisher" uses the gradients of training itself.
 
     Attributes:
+        is_in_front: whether the Trainer calls it before all other callbacks, which it does once training begins.
         masks: after training, bool [out, in] by name of the layer in the model without adapters, True where a weight
             was kept.
 
@@ -133,12 +133,19 @@ class EfficientXpertCallback(TrainerCallback):
         self.calibration_tokens = calibration_tokens
         self.masks: dict[str, Tensor] = {}
         self._pending: dict[str, float] = {}  # measured at a pruning point, and not in the Trainer's log yet
+        self.is_in_front = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model: nn.Module = kwargs["model"]
         _refuse(args, model)
+        if not self.is_in_front:
+            logger.warning(
+                "this release of transformers calls its reporters before EfficientXpertCallback, so that they miss "
+                "what pruning points measure, and those that store the model store it unpruned: install a release that "
+                "efx-plugin's requirements allow"
+            )
         if state.is_world_process_zero:
             warn_of_slow_dtype(model, "load it with dtype=torch.float32, and train with bf16=False")
         vars(model).pop("save_pretrained", None)  # of a training that has ended
@@ -315,26 +322,12 @@ class EfficientXpertCallback(TrainerCallback):
             optimizer.state.pop(parameter, None)
         install_mask(layer, decision.keep)
 
-    def report(self, state: TrainerState, logs: dict[str, float]) -> None:
-        """Add what the last pruning point has measured to a log entry, once.
-
-        Args:
-            state: of the Trainer, whose last entry of `log_history` is a copy of `logs`.
-            logs: what the reporters are going to get.
-        """
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs: dict[str, float] = kwargs["logs"]
         logs |= self._pending
-        if state.log_history:
+        if state.log_history:  # the Trainer has copied the logs there already
             state.log_history[-1] |= self._pending
         self._pending = {}
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._pending:
-            logger.warning(
-                "this release of transformers does not let EfficientXpertCallback speak before the reporters, so that "
-                "those called before it miss what the pruning point has measured: install a release that "
-                "efx-plugin's requirements allow"
-            )
-            self.report(state, kwargs["logs"])
 
     # ------------------------------------------------------------------------------------------------- the end
 
@@ -462,19 +455,23 @@ class EfficientXpertCallback(TrainerCallback):
         }
 
 
-@wrapt.patch_function_wrapper(CallbackHandler, "on_log")
-def _report_first(
-    on_log: Callable[..., TrainerControl], handler: CallbackHandler, args: tuple[Any, ...], kwargs: dict[str, Any]
+@wrapt.patch_function_wrapper(CallbackHandler, "on_train_begin")
+def _move_to_front(
+    on_train_begin: Callable[..., TrainerControl],
+    handler: CallbackHandler,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> TrainerControl:
-    """Let the callback add to the logs before any reporter gets them.
+    """Call the callback before all others: reporters log what is in the logs when their turn comes, and some store
+    the model at the end.
 
     The Trainer calls its reporters before a user's callbacks, and gives no callback a way to the others.
     """
-    given = inspect.signature(on_log).bind(*args, **kwargs).arguments
-    for callback in handler.callbacks:
-        if isinstance(callback, EfficientXpertCallback):
-            callback.report(given["state"], given["logs"])
-    return on_log(*args, **kwargs)
+    ours = [callback for callback in handler.callbacks if isinstance(callback, EfficientXpertCallback)]
+    handler.callbacks[:] = [*ours, *(callback for callback in handler.callbacks if callback not in ours)]
+    for callback in ours:
+        callback.is_in_front = True
+    return on_train_begin(*args, **kwargs)
 
 
 def _refuse(args: TrainingArguments, model: nn.Module) -> None:
