@@ -330,6 +330,19 @@ def test_optimum_cli_mounts_the_same_commands(sparse, tmp_path):
     assert helped.returncode == 0 and "Example: efx prune" in helped.stdout
 
 
+def test_quantizing_a_sparse_model_keeps_its_zeros(model, sparse, text, tmp_path, warnings):
+    assert efx("export", sparse, tmp_path / "dense", "--structure", "dense").returncode == 0
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    _, quantization = (RECIPES / "expert_50_w8a8.yaml").read_text().split("  quantization_modifiers:\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("a_stage:\n  quantization_modifiers:\n" + quantization)
+    result = efx_prune(tmp_path / "dense", tmp_path / "quantized", text, recipe, "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["sparsity"] >= 0.5
+    assert any("the recipe had filled" in line and "zero again" in line for line in warnings)
+    assert_refused(efx_prune(model, tmp_path / "out", text, recipe), tmp_path / "out", "the model is dense")
+
+
 def test_quiet_says_nothing_but_errors(model, text, tmp_path):
     arguments = prune_arguments(model, tmp_path / "expert", text, RECIPES / "expert_50.yaml")
     result = efx_process(*arguments, "--quiet", "--device", "cpu")

@@ -18,6 +18,7 @@ from efx_plugin.checkpoint.storage.atomic import refuse_full
 from efx_plugin.checkpoint.storage_plan import check_structure
 from efx_plugin.compress.calibration import calibration_set
 from efx_plugin.compress.request import PruneRequest
+from efx_plugin.compress.zeros import check_order
 from efx_plugin.engine.blocks import decoder_blocks, linears_outside_blocks
 from efx_plugin.engine.compute_dtype import ComputeDtype, choose_compute_dtype, stored_dtype
 from efx_plugin.errors import EfxError, UsageError
@@ -53,6 +54,7 @@ def preflight(request: PruneRequest) -> Prepared:
     """
     request.check_names()
     recipe = request.recipe.instantiate()
+    check_order(recipe)
     _check_structure(request.structure, recipe)
     sources = inspect_sources(request.model, request.adapter, trust_remote_code=request.trust_remote_code)
     for line in sources.describe():

@@ -16,6 +16,7 @@ from efx_plugin.checkpoint import save_sparse
 from efx_plugin.checkpoint.reader import sizes
 from efx_plugin.compress.preflight import preflight
 from efx_plugin.compress.request import PruneRequest
+from efx_plugin.compress.zeros import Zeros, prunes
 from efx_plugin.engine.compute_dtype import convert, restore
 from efx_plugin.model.adapters import merge_adapters
 from efx_plugin.modifier import EfficientXpertModifier
@@ -34,6 +35,7 @@ def prune_to_checkpoint(request: PruneRequest) -> dict[str, Any]:
     prepared = preflight(request)
     sources, recipe, calibration = prepared.sources, prepared.recipe, prepared.calibration
     network = sources.load()
+    zeros = None if any(map(prunes, recipe.modifiers)) else Zeros(network, recipe)
     dtypes = convert(network, prepared.compute.dtype)
     if isinstance(network, PeftModel) and not all(
         isinstance(modifier, EfficientXpertModifier) for modifier in recipe.modifiers
@@ -51,6 +53,8 @@ def prune_to_checkpoint(request: PruneRequest) -> dict[str, Any]:
     )
     if isinstance(network, PeftModel):
         network = merge_adapters(network)
+    if zeros is not None:
+        zeros.restore(network)
     network = repack_moe(network)  # oneshot takes experts apart to calibrate them
     restore(network, dtypes)
     metadata = {
