@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 # The release of compressed-tensors whose readers and file layout these checkpoints follow.
 VERSION = "0.13.0"
 
-# transformers reads this key before it makes a model, and where the value ends in nothing that it takes for weights, it
-# quotes the value: for local directories and on the hub alike. Any file name that is not there fails later or, on the
-# hub, unnamed. Without this key it dies of an unrelated AttributeError, and if the quantization_config is taken out, it
-# loads RANDOM projections with a warning.
+# transformers reads this key before it makes a model. It quotes a value that names no safetensors file, for local
+# directories and on the hub alike; the name of a missing file it would quote for local directories only. Without the
+# key, transformers fails with an unrelated AttributeError. Without the quantization_config as well, it loads RANDOM
+# projections with a warning.
 GUARD_KEY = "transformers_weights"
 GUARD = (
     "\nThis checkpoint is not damaged: it is sparse, and transformers reads it with the help of efx-plugin.\n"
@@ -64,7 +64,7 @@ def sparse_config(
     described = copy.deepcopy(dict(config))
     described[GUARD_KEY] = GUARD
     described["quantization_config"] = {
-        # Without groups 0.13.0 takes a `format` for an incomplete quantization_config.
+        # Without `config_groups`, 0.13.0 finds a quantization_config with a `format` incomplete.
         **(quantization or {"config_groups": {}, "format": "dense"}),
         "quant_method": "compressed-tensors",
         "version": VERSION,

@@ -1,4 +1,4 @@
-"""The sparse compression taken off again, without loading the model: what is left is a plain checkpoint.
+"""Makes a plain checkpoint of a sparse one, without loading the model.
 
 A checkpoint that was quantized as well stays quantized, so that vLLM serves it by itself. Its zeros are stored and
 multiplied like any other value then.
@@ -84,7 +84,7 @@ def _expanded(directory: Path, format_name: str) -> storage_plan.Source:
             tensor = expand_weight(directory, index, compressed[name], format_name)
         else:
             tensor = safetensors_file.read_tensor(directory, index[name])
-        storage_plan.check_finite(name, tensor)  # scales above all
+        storage_plan.check_finite(name, tensor)  # a damaged scale above all
         return tensor
 
     return storage_plan.Source(read_dense_layout(directory), read)

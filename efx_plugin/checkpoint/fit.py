@@ -1,7 +1,7 @@
-"""Whether a checkpoint holds what its model needs, nothing missing, nothing left over, by names and shapes alone.
+"""Whether a checkpoint holds what its model needs and nothing else, by names and shapes alone.
 
-transformers makes up what is missing and drops what has no place, with a warning at most. So every way of reading or
-writing a checkpoint asks here first.
+transformers makes up what is missing and drops what has no place, with a warning at most. So every
+reader and every export asks here first.
 """
 
 import os

@@ -1,7 +1,7 @@
 """`from_pretrained` on sparse checkpoints, through transformers' registry of quantizers.
 
 transformers finds a quantizer by the `quant_method` of config.json, which is "compressed-tensors" here as in any
-checkpoint of that family. Its own entry of that name stays in charge of all whose zeros are not stored sparsely.
+checkpoint of that family. Checkpoints that are quantized and not sparse are left to its own quantizer.
 """
 
 from pathlib import Path
@@ -76,12 +76,12 @@ class _CompressedTensorsConfig(CompressedTensorsConfig):
 
 
 class DenseHfQuantizer(HfQuantizer):
-    """Loads a plain model, and unlike other quantizers nothing that does not fit it."""
+    """Loads a plain model, and refuses a checkpoint that does not fit it."""
 
     def _process_model_before_weight_loading(
         self, model: Any, *, checkpoint_files: list[str] | None, **_kwargs: Any
     ) -> None:
-        # With a quantizer, transformers compares no shapes; and weights that are missing it makes up.
+        # With a quantizer, transformers compares no shapes, and it makes up weights that are missing.
         if not checkpoint_files or not checkpoint_files[0].endswith(".safetensors"):
             return
         directory = Path(checkpoint_files[0]).parent
@@ -138,8 +138,8 @@ class SparseHfQuantizer(DenseHfQuantizer):
 class _Expand(ConversionOps):
     """Makes one weight of its parts.
 
-    transformers turns what a conversion raises into a report and an error that says nothing, so the first error is kept
-    for the quantizer to raise.
+    transformers reports what a conversion raises without its message. So the first error is kept, and the quantizer
+    raises it.
     """
 
     def __init__(self, format_name: str) -> None:

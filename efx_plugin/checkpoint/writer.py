@@ -41,8 +41,8 @@ def save_sparse(
 ) -> None:
     """Write a pruned model as a sparse checkpoint.
 
-    A model that llm-compressor has quantized to eight bits (W8A8, W8A16, FP8) is stored so: the bytes of its quantized
-    weights are compressed, scales and what else quantization needs lie beside them.
+    A model that llm-compressor has quantized to eight bits (W8A8, W8A16, FP8) stays quantized: the bytes of its
+    weights are compressed, and scales and the like lie beside them.
 
     Weights of nn.Linear layers that the format makes smaller are compressed; the others, embeddings, norms and biases
     are stored as they are, tied weights once. The directory appears only when it is complete.

@@ -42,8 +42,8 @@ _choosing = threading.Lock()
 
 
 def codec() -> Codec:
-    """`native` if it was compiled, else `numpy_codec`, which works alike and is said once to be slow."""
-    with _choosing:  # or each of several threads that come first would say it
+    """`native` if it was compiled, else `numpy_codec` with the same results; a warning says once that it is slow."""
+    with _choosing:  # else several threads that come first would each warn
         return _choose()
 
 
@@ -87,7 +87,7 @@ def pack_24(weight: torch.Tensor) -> tuple[np.ndarray, torch.Tensor] | None:
     """A mask with two bits in each aligned four of a row, and the values under it, [rows, columns / 2]; None if the
     weight [rows, columns] is not 2:4 sparse.
 
-    Where a four has fewer than two non-zeros, its first zeros fill up, as 0.0.
+    Where a four has fewer than two non-zeros, its first zeros are kept too, as 0.0.
     """
     result = codec().pack_24(as_integers(weight), BITS[weight.dtype].magnitude)
     if result is None:
@@ -97,7 +97,7 @@ def pack_24(weight: torch.Tensor) -> tuple[np.ndarray, torch.Tensor] | None:
 
 
 def unpack(values: torch.Tensor, mask: np.ndarray, columns: int) -> torch.Tensor:
-    """The mirror image of both: a weight [rows, columns] with the values at the set bits and 0.0 elsewhere.
+    """The inverse of `pack` and `pack_24`: a weight [rows, columns], the values at the set bits and 0.0 elsewhere.
 
     The caller has checked that there are as many values as set bits and that no bit lies beyond the last column.
     """

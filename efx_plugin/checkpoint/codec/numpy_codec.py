@@ -1,4 +1,4 @@
-"""The codec in numpy, for installations without a C++ compiler; what it computes is what `native` computes.
+"""The codec in numpy, for installations without a C++ compiler; its results are those of `native`.
 
 Weights are arrays of signed integers [rows, columns]. `magnitude` is an integer with the bits that are clear in a zero.
 Masks are uint8 [rows, ceil(columns / 8)], see `bits`.
@@ -50,7 +50,7 @@ def pack_24(values: np.ndarray, magnitude: int) -> tuple[np.ndarray, np.ndarray]
     """A mask with two bits in every aligned four, and the values under it, [rows * columns / 2]; None if the weight is
     not 2:4 sparse.
 
-    In fours with fewer non-zeros zeros fill up, the first ones.
+    Where a four has fewer than two non-zeros, its first zeros are kept too, as 0.
     """
     rows, columns = values.shape
     if columns % 4:
@@ -62,7 +62,7 @@ def pack_24(values: np.ndarray, magnitude: int) -> tuple[np.ndarray, np.ndarray]
     if columns % 8:
         mask[:, -1] &= 0x0F
     packed = _select(values, mask, rows * columns // 2)
-    packed[(packed & packed.dtype.type(magnitude)) == 0] = 0  # a -0.0 that fills up
+    packed[(packed & packed.dtype.type(magnitude)) == 0] = 0  # a -0.0 that was kept
     return mask, packed
 
 
@@ -95,7 +95,7 @@ def fours(mask: np.ndarray, columns: int) -> int:
 def has_two_of_four(mask: np.ndarray, columns: int) -> np.ndarray:
     """Whether the fours in each byte of a mask have exactly two bits set: bool, as large as the mask; columns % 4 is 0.
 
-    Where the last byte of a row holds one four only, its other half counts as right.
+    The last byte of a row may hold one four only; then its other half does not count.
     """
     if columns % 8:
         mask = mask.copy()

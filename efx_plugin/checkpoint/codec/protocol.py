@@ -21,7 +21,8 @@ class Codec(Protocol):
     def pack_24(self, values: np.ndarray, magnitude: int) -> tuple[np.ndarray, np.ndarray] | None:
         """A mask with two bits in every aligned four of a row, and the values under it [rows * columns / 2].
 
-        Where a four has fewer than two non-zeros, its first zeros fill up, as 0. None if the weight is not 2:4 sparse.
+        Where a four has fewer than two non-zeros, its first zeros are kept too, as 0. None if the
+        weight is not 2:4 sparse.
         """
 
     def unpack(self, packed: np.ndarray, mask: np.ndarray, columns: int) -> np.ndarray:

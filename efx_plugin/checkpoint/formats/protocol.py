@@ -20,7 +20,7 @@ class Format(Protocol):
     """How a weight [rows, columns] is stored without its zeros, as a few tensors called parts.
 
     Parts from a file are untrusted. `dense_layout` and `check` take any tensors, `decompress` takes only what `check`
-    has accepted. `where` is what an error calls the weight: to it the name of the part is added.
+    has accepted. `where` is what an error calls the weight; the error adds the name of the part.
     """
 
     @property

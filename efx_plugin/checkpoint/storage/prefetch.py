@@ -13,7 +13,7 @@ WORKERS = min(4, os.cpu_count() or 1)
 
 
 def map_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`map` in `WORKERS` threads, in order, with no more than `WORKERS` results in the air: memory stays bounded."""
+    """`map` in `WORKERS` threads, in order and at most `WORKERS` results ahead: memory stays bounded."""
     with ThreadPoolExecutor(WORKERS) as executor:
         pending: collections.deque[Future[R]] = collections.deque()
         try:

@@ -243,7 +243,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _read_entry(file: str, name: str, entry: Any, data: int, size: int) -> StoredTensor:
-    """Python's integers do not overflow, so a declared shape or offset can be as absurd as it likes."""
+    """One entry of a header. Shapes and offsets may be of any size: Python's integers do not overflow."""
 
     def wrong(problem: str) -> SparseCheckpointError:
         return SparseCheckpointError(f"{file}: {name} {problem}: the header is corrupt, download the file again")

@@ -132,9 +132,10 @@ def _new_mask(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _new_weight(rows: int, columns: int, dtype: np.dtype) -> np.ndarray:
-    """Most of the time to expand a large weight goes into the kernel's clearing its pages, the least if they are huge.
+    """Memory for a weight, which begins at the boundary of a huge page if it is large.
 
-    numpy asks for huge pages, which cover what lies between two of their boundaries: so begin at one.
+    Most of the time to expand a large weight is the kernel's, which clears the pages: huge ones take it least. numpy
+    asks for huge pages, and gets them between two of their boundaries only.
     """
     nbytes = rows * columns * dtype.itemsize
     if nbytes < _LARGE:
