@@ -29,7 +29,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def export_dense(
-    source: Path, directory: str | os.PathLike, *, max_shard_size: int, metadata: Mapping[str, Any], progress: bool
+    source: Path, directory: str | os.PathLike[str], *, max_shard_size: int, metadata: Mapping[str, Any], progress: bool
 ) -> None:
     """Write a sparse checkpoint as a plain one, quantized if it was, a few weights at a time; and say so in the log.
 
@@ -44,9 +44,9 @@ def export_dense(
     skeleton = model_weights.skeleton(model_weights.read_model_config(source))
     sparse = _expanded(source, find_format(sparsity["format"], "config.json").name)
     check_fit(skeleton, sparse.layout, source)
-    metadata = provenance.of_directory(source) | metadata
+    metadata = {**provenance.of_directory(source), **metadata}
     quantization = quantized.of_config(config, source)
-    to_pack = frozenset()
+    to_pack: frozenset[str] = frozenset()
     if quantization is not None:
         scaled = [name.removesuffix(".weight_scale") for name in sparse.layout if name.endswith(".weight_scale")]
         schemes = quantized.schemes_of(quantization, skeleton, scaled, source)

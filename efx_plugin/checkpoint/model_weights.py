@@ -26,7 +26,7 @@ class Linears(NamedTuple):
     others: tuple[str, ...]
 
 
-def read_model_config(directory: str | os.PathLike) -> "PretrainedConfig":
+def read_model_config(directory: str | os.PathLike[str]) -> "PretrainedConfig":
     """The model's config without what only concerns how its weights are stored.
 
     Raises:
@@ -35,7 +35,7 @@ def read_model_config(directory: str | os.PathLike) -> "PretrainedConfig":
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(directory)
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory)
     except Exception as error:  # each family checks its config in its own way
         raise EfxError(f"transformers cannot use {Path(directory) / 'config.json'}: {_first_line(error)}") from error
     for key in ("quantization_config", GUARD_KEY):
@@ -52,7 +52,7 @@ def model_class(config: "PretrainedConfig") -> type["PreTrainedModel"]:
     """
     import transformers
 
-    name = (config.architectures or [None])[0]
+    name = config.architectures[0] if config.architectures else None
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise EfxError(
@@ -116,14 +116,17 @@ def on_disk(model: "PreTrainedModel", weights: Mapping[str, torch.Tensor]) -> di
         for alias, weight in tied_weights(model).items()
         if weight in weights and model.get_parameter(alias) is model.get_parameter(weight)
     }
-    return revert_weight_conversion(model, {name: weights[name] for name in weights if name not in aliases})
+    own = {name: weights[name] for name in weights if name not in aliases}
+    stored: dict[str, torch.Tensor] = revert_weight_conversion(model, own)
+    return stored
 
 
 def names_on_disk(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by every name that they may have on disk; tied ones have several."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    return revert_weight_conversion(model, model.state_dict())
+    stored: dict[str, torch.Tensor] = revert_weight_conversion(model, model.state_dict())
+    return stored
 
 
 def find_linears(model: "PreTrainedModel") -> Linears:
@@ -139,7 +142,8 @@ def find_linears(model: "PreTrainedModel") -> Linears:
 
 def _weight(module: torch.nn.Linear) -> torch.Tensor:
     """llm-compressor's `save_pretrained` leaves weights of a model packed that it stores so."""
-    return module.weight_packed if hasattr(module, "weight_packed") else module.weight
+    weight: torch.Tensor = getattr(module, "weight_packed" if hasattr(module, "weight_packed") else "weight")
+    return weight
 
 
 def tied_weights(model: "PreTrainedModel") -> Mapping[str, str]:

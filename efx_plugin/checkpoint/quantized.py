@@ -267,7 +267,7 @@ def _byte_format(scheme: "QuantizationScheme", config: "QuantizationConfig", whe
 
 def _dump(config: "QuantizationConfig") -> dict[str, Any]:
     formats = {_format(scheme, config) for scheme in config.config_groups.values() if scheme.weights is not None}
-    described = config.model_dump(mode="json")
+    described: dict[str, Any] = config.model_dump(mode="json")
     described["format"] = formats.pop() if len(formats) == 1 else "mixed-precision"
     described["quantization_status"] = "compressed"
     return described
@@ -282,7 +282,8 @@ def _quantize(state: dict[str, torch.Tensor], scheme: "QuantizationScheme", pref
     from compressed_tensors.compressors import NaiveQuantizationCompressor
 
     storage_plan.check_finite(f"{prefix}.weight", state["weight"])
-    return NaiveQuantizationCompressor.compress(state, scheme)
+    compressed: dict[str, torch.Tensor] = NaiveQuantizationCompressor.compress(state, scheme)
+    return compressed
 
 
 def _dequantize(
@@ -312,7 +313,8 @@ def _dequantize(
         raise SparseCheckpointError(f"{where}.weight_scale holds no finite numbers: download or export it again")
     if not arguments.symmetric and "weight_zero_point" not in state:
         raise SparseCheckpointError(f"{where}.weight_zero_point is missing: download or export it again")
-    return NaiveQuantizationCompressor.decompress(state, scheme)["weight"]
+    dense: torch.Tensor = NaiveQuantizationCompressor.decompress(state, scheme)["weight"]
+    return dense
 
 
 def _strategy(arguments: "QuantizationArgs") -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def read_sparsity_config(directory: str | os.PathLike) -> dict[str, Any]:
+def read_sparsity_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The `sparsity_config` of a directory's config.json, with a `format` that is known.
 
     Raises:
@@ -34,7 +34,7 @@ def read_sparsity_config(directory: str | os.PathLike) -> dict[str, Any]:
     return sparsity
 
 
-def read_config(directory: str | os.PathLike) -> dict[str, Any]:
+def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """config.json as it is.
 
     Raises:
@@ -78,7 +78,7 @@ def describe(index: Mapping[str, safetensors_file.StoredTensor], parts: Mapping[
     return f"{where}: {next(iter(parts.values())).rpartition('.')[0]}"
 
 
-def expand(directory: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor]]:
+def expand(directory: str | os.PathLike[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a sparse checkpoint under its dense name, one at a time, compressed weights expanded.
 
     Of a checkpoint that is quantized as well these are the quantized weights and their scales.
@@ -98,7 +98,7 @@ def expand(directory: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def expand_weight(
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     index: Mapping[str, safetensors_file.StoredTensor],
     parts: Mapping[str, str],
     format_name: str,
@@ -172,7 +172,7 @@ def sizes(directory: str | os.PathLike[str]) -> dict[str, float]:
     }
 
 
-def load_sparse(directory: str | os.PathLike) -> "PreTrainedModel":
+def load_sparse(directory: str | os.PathLike[str]) -> "PreTrainedModel":
     """Load a sparse checkpoint as a plain transformers model with dense weights, in either format, from this package or
     from compressed-tensors 0.8 to 0.14.
 

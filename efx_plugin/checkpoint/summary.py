@@ -141,7 +141,7 @@ def _sparsity(weights: Iterable[CompressedWeight]) -> float:
     return sum(weight.zeros for weight in weights) / max(1, sum(weight.size for weight in weights))
 
 
-def _grouped(weights: Iterable[CompressedWeight], attribute: str) -> dict:
+def _grouped(weights: Iterable[CompressedWeight], attribute: str) -> dict[Any, float]:
     groups = defaultdict(list)
     for weight in weights:
         groups[getattr(weight, attribute)].append(weight)

@@ -41,6 +41,7 @@ def register() -> None:
 class DenseConfig(QuantizationConfigMixin):
     """A quantization_config that does nothing, such as compressed-tensors left in checkpoints stored dense."""
 
+    quant_method: Any  # transformers' own are an enumeration
     dequantize = True  # transformers forgets the config of such a model: what is loaded is a plain one
 
     def __init__(self, **_kwargs: Any) -> None:
@@ -59,7 +60,8 @@ class _CompressedTensorsConfig(CompressedTensorsConfig):
     """transformers' own configuration, except where weights are stored sparsely, or nothing is compressed at all."""
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> QuantizationConfigMixin:
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        kwargs["return_unused_kwargs"] = return_unused_kwargs
         sparsity = sparsity_in(config_dict)
         if sparsity is None and not quantizes(config_dict):
             return DenseConfig.from_dict(config_dict, **kwargs)
@@ -78,16 +80,15 @@ class _CompressedTensorsConfig(CompressedTensorsConfig):
 class DenseHfQuantizer(HfQuantizer):
     """Loads a plain model, and refuses a checkpoint that does not fit it."""
 
-    def _process_model_before_weight_loading(
-        self, model: Any, *, checkpoint_files: list[str] | None, **_kwargs: Any
-    ) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        checkpoint_files: list[str] | None = kwargs["checkpoint_files"]
         # With a quantizer, transformers compares no shapes, and it makes up weights that are missing.
         if not checkpoint_files or not checkpoint_files[0].endswith(".safetensors"):
             return
         directory = Path(checkpoint_files[0]).parent
         layout = self._layout(directory)
         config = read_model_config(directory)
-        same = type(model).__name__ == (config.architectures or [None])[0]
+        same = (config.architectures or [])[:1] == [type(model).__name__]
         check_fit(skeleton(config, type(model) if same else model_class(config)), layout, directory)
         check_body(model, layout, directory)
 
@@ -152,21 +153,20 @@ class _Expand(ConversionOps):
             "weight": {rf"(?:\.weight)?\.{part}$": part for part in names},
         }
 
-    def __deepcopy__(self, memo: dict) -> "_Expand":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Expand":
         return self  # transformers copies a conversion for every weight
 
     def convert(
         self,
-        input_dict: dict[str, list[torch.Tensor]],
-        *,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
         target_patterns: list[str],
-        full_layer_name: str,
-        model: Any,
-        **_kwargs: Any,
-    ) -> dict[str, torch.Tensor]:
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        full_layer_name: str = kwargs["full_layer_name"]
         pattern_to_part = self.patterns["bias"] | self.patterns["weight"]
         parts = {pattern_to_part[pattern]: tensors[0] for pattern, tensors in input_dict.items()}
-        parameter = model.get_parameter(full_layer_name)
+        parameter = kwargs["model"].get_parameter(full_layer_name)
         device = next(iter(parts.values())).device
         try:
             weight = decompress(self.format_name, parts, where=full_layer_name.removesuffix(".weight"))

@@ -29,12 +29,12 @@ _LOGGER = logging.getLogger(__name__)
 
 def save_sparse(
     model: "PreTrainedModel",
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     structure: str = "auto",
     *,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     companions: Mapping[str, Path] | None = None,
-    recipe: str | os.PathLike | None = None,
+    recipe: str | os.PathLike[str] | None = None,
     max_shard_size: int | str = "5GB",
     metadata: Mapping[str, Any] | None = None,
     progress: bool = True,
@@ -109,8 +109,8 @@ def save_sparse(
 
 
 def export_checkpoint(
-    source: str | os.PathLike,
-    directory: str | os.PathLike,
+    source: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
     structure: str = "auto",
     *,
     max_shard_size: int | str = "5GB",
@@ -180,7 +180,7 @@ def export_checkpoint(
 
 
 def _write(
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     source: storage_plan.Source,
     linears: model_weights.Linears,
     config: Mapping[str, Any],
@@ -261,7 +261,8 @@ def _config_of(model: "PreTrainedModel") -> dict[str, Any]:
         del config.quantization_config
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
-    return json.loads(config.to_json_string())
+    described: dict[str, Any] = json.loads(config.to_json_string())
+    return described
 
 
 def _read_source_config(source: Path) -> dict[str, Any]:
@@ -273,9 +274,12 @@ def _read_source_config(source: Path) -> dict[str, Any]:
     if sparsity_of(config) is not None:
         raise EfxError(f'{source} is stored sparsely already: structure="dense" takes the sparse compression off')
     quantization = config.get("quantization_config")
-    if quantizes(quantization) and (
-        quantization.get("quant_method") != "compressed-tensors" or not quantization.get("config_groups")
-    ):
+    by_llm_compressor = (
+        isinstance(quantization, Mapping)
+        and quantization.get("quant_method") == "compressed-tensors"
+        and quantization.get("config_groups")
+    )
+    if quantizes(quantization) and not by_llm_compressor:
         raise EfxError(
             f"{source} is quantized, but not by llm-compressor: prune the original, with a recipe that quantizes too"
         )
@@ -300,7 +304,7 @@ def _stored_twice(
     )
 
 
-def _read_recipe(recipe: str | os.PathLike | None) -> str | None:
+def _read_recipe(recipe: str | os.PathLike[str] | None) -> str | None:
     """The text of a recipe, given as text (which has line breaks) or as a path."""
     if recipe is None or (isinstance(recipe, str) and "\n" in recipe):
         return recipe

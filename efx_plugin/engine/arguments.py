@@ -34,7 +34,8 @@ class PruningArguments(BaseModel):
             With N:M structure the group is always the M inputs.
         allocation: how the sparsity is spread: "uniform" (every matrix alike), "matrix" (a matrix gets what it loses
             when all entries of its decoder block compete) or "layer" (a decoder block gets what it loses when all
-            entries of the model compete, its matrices then as in "matrix"; needs propagation "fisher").
+            entries of the model compete, its matrices then as in "matrix"; needs propagation "fisher", and no N:M
+            structure, in which every matrix loses the same).
         floor: where entries of different rows compete, no row may lose more than floor * sparsity of its weights.
         repair: "none"; "paper" (moves the adapter so that pruned weights shrink, as published); "adapter" (least
             squares on the layer's output within the adapter's subspace); "weights" (least squares over all kept

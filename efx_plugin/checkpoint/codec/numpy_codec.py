@@ -23,7 +23,8 @@ def _fill_up() -> np.ndarray:
     filled = np.arange(16)
     for bit in (1, 2, 4, 8):
         filled = np.where(np.bitwise_count(filled) < 2, filled | bit, filled)
-    return (filled[_LOW] | filled[_HIGH] << 4).astype(np.uint8)
+    table: np.ndarray = (filled[_LOW] | filled[_HIGH] << 4).astype(np.uint8)
+    return table
 
 
 _FILLED = _fill_up()
@@ -82,7 +83,8 @@ def unpack(packed: np.ndarray, mask: np.ndarray, columns: int) -> np.ndarray:
 
 def row_counts(mask: np.ndarray) -> np.ndarray:
     """Set bits per row: int64 [rows]."""
-    return np.bitwise_count(mask).sum(axis=-1, dtype=np.int64)
+    counts: np.ndarray = np.bitwise_count(mask).sum(axis=-1, dtype=np.int64)
+    return counts
 
 
 def fours(mask: np.ndarray, columns: int) -> int:
@@ -100,7 +102,8 @@ def has_two_of_four(mask: np.ndarray, columns: int) -> np.ndarray:
     if columns % 8:
         mask = mask.copy()
         mask[:, -1] |= 0x30
-    return _TWO_IN_BOTH[mask]
+    fits: np.ndarray = _TWO_IN_BOTH[mask]
+    return fits
 
 
 def _select(values: np.ndarray, mask: np.ndarray, count: int) -> np.ndarray:

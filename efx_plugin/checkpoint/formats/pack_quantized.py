@@ -9,13 +9,13 @@ out, so it is the form in which such weights arrive, and leave again when the sp
 
 import torch
 
-from efx_plugin.checkpoint.formats import validate
+from efx_plugin.checkpoint.formats.protocol import Layout
 from efx_plugin.errors import SparseCheckpointError
 
 NAME = "pack-quantized"
 
 
-def layout(rows: int, columns: int) -> validate.Layout:
+def layout(rows: int, columns: int) -> Layout:
     """The tensors of a weight [rows, columns]: name -> (dtype, shape)."""
     return {
         "weight_packed": (torch.int32, (rows, (columns + 3) // 4)),
@@ -47,4 +47,5 @@ def decompress(parts: dict[str, torch.Tensor], where: str) -> torch.Tensor:
             f"{where}.weight_shape declares {shape}, but weight_packed is {words.dtype} {list(words.shape)}: "
             "the checkpoint is corrupt, save it again"
         )
-    return unpack_from_int32(words, num_bits=8, shape=torch.Size(shape)).contiguous()
+    weight: torch.Tensor = unpack_from_int32(words, num_bits=8, shape=torch.Size(shape)).contiguous()
+    return weight

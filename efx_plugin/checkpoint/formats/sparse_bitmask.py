@@ -60,4 +60,5 @@ class SparseBitmask:
 
 
 def _offsets(counts: np.ndarray) -> np.ndarray:
-    return np.cumsum(counts) - counts
+    offsets: np.ndarray = np.cumsum(counts) - counts
+    return offsets

@@ -66,7 +66,8 @@ def check_shapes(parts: Parts, layout: Layout, where: str) -> None:
 
 def check_padding(mask: np.ndarray, columns: int, where: str) -> None:
     """The bits of a row's last byte beyond the last column are clear."""
-    used = columns % 8
-    wrong = np.flatnonzero(mask[:, -1] >> used) if used else []
+    if not (used := columns % 8):
+        return
+    wrong = np.flatnonzero(mask[:, -1] >> used)
     if len(wrong):
         raise corrupt(where, "bitmask", f"has bits set beyond column {columns - 1} in row {wrong[0]}")

@@ -14,7 +14,7 @@ from efx_plugin.errors import EfxError
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def refuse_existing(directory: str | os.PathLike) -> None:
+def refuse_existing(directory: str | os.PathLike[str]) -> None:
     """Refuse a destination that is there already, or that cannot be created. Parents may be missing.
 
     Raises:
@@ -30,7 +30,7 @@ def refuse_existing(directory: str | os.PathLike) -> None:
         raise EfxError(f"{above}, in which {directory.name} is to be written, may not be written to")
 
 
-def refuse_full(directory: str | os.PathLike, needed: int) -> None:
+def refuse_full(directory: str | os.PathLike[str], needed: int) -> None:
     """Refuse a destination whose disk has less room than that.
 
     Args:
@@ -46,7 +46,7 @@ def refuse_full(directory: str | os.PathLike, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(directory: str | os.PathLike, needed: int) -> Iterator[Path]:
+def new_directory(directory: str | os.PathLike[str], needed: int) -> Iterator[Path]:
     """Yield a temporary sibling to fill; on success it is synced and takes its name, on any exception it is removed.
 
     Parents that are missing are made, and removed again where nothing comes to lie in them.

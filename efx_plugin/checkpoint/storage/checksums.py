@@ -9,18 +9,18 @@ from efx_plugin.errors import SparseCheckpointError
 FILE = "SHA256SUMS"
 
 
-def write(directory: str | os.PathLike, sums: dict[str, str]) -> None:
+def write(directory: str | os.PathLike[str], sums: dict[str, str]) -> None:
     """Write the sums, file name -> hexadecimal digest."""
     lines = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
     (Path(directory) / FILE).write_text("".join(lines))
 
 
-def status(directory: str | os.PathLike) -> str:
+def status(directory: str | os.PathLike[str]) -> str:
     """ "not checked" where there are sums, else "absent"."""
     return "not checked" if (Path(directory) / FILE).is_file() else "absent"
 
 
-def check(directory: str | os.PathLike) -> str:
+def check(directory: str | os.PathLike[str]) -> str:
     """Compare every file that has a sum with it: "match", or "absent" where there are no sums.
 
     Raises:

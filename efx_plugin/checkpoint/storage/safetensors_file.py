@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +54,7 @@ class StoredTensor(NamedTuple):
     nbytes: int
 
 
-def read_index(directory: str | os.PathLike) -> dict[str, StoredTensor]:
+def read_index(directory: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint directory by name, from the headers alone: no tensor is read.
 
     The directory holds `model.safetensors`, or shards listed in `model.safetensors.index.json`.
@@ -96,7 +97,7 @@ def on_meta(index: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
     return {name: torch.empty(one.shape, dtype=one.dtype, device="meta") for name, one in index.items()}
 
 
-def read_tensor(directory: str | os.PathLike, stored: StoredTensor) -> torch.Tensor:
+def read_tensor(directory: str | os.PathLike[str], stored: StoredTensor) -> torch.Tensor:
     """Read one tensor into memory of its own, on the CPU.
 
     Raises:
@@ -106,7 +107,7 @@ def read_tensor(directory: str | os.PathLike, stored: StoredTensor) -> torch.Ten
     try:
         with open(Path(directory) / stored.file, "rb") as file:
             file.seek(stored.begin)
-            read = file.readinto(_raw(tensor))
+            read = file.readinto(_raw(tensor).data)
     except OSError as error:
         raise SparseCheckpointError(f"{stored.file} cannot be read: {error.strerror}") from error
     if read != stored.nbytes:
@@ -189,8 +190,7 @@ def _raw(tensor: torch.Tensor) -> np.ndarray:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = dict(pairs)
     if len(keys) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"{twice!r} occurs twice")
     for key in keys:  # errors quote names, and a hostile one must not forge lines of its own
         if not key.isprintable():

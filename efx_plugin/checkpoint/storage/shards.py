@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
@@ -79,7 +79,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def progress_bar(what: str, total: int, progress: bool) -> tqdm:
+def progress_bar(what: str, total: int, progress: bool) -> "tqdm[NoReturn]":
     """A bar of bytes, shown if it takes longer than two seconds."""
     return tqdm(desc=what, total=total, unit="B", unit_scale=True, delay=2, disable=not progress)
 

@@ -86,7 +86,7 @@ def unpack(packed: np.ndarray, mask: np.ndarray, columns: int) -> np.ndarray:
     """
     packed, mask = _plain(packed), _plain(mask)
     values = _new_weight(len(mask), columns, packed.dtype)
-    _succeed(library().efx_unpack(packed.itemsize, *_array(packed), *_array(mask), len(mask), columns, *_array(values)))
+    _succeed(_call("efx_unpack", packed.itemsize, *_array(packed), *_array(mask), len(mask), columns, *_array(values)))
     return values
 
 
@@ -94,14 +94,14 @@ def row_counts(mask: np.ndarray) -> np.ndarray:
     """See `numpy_codec.row_counts`."""
     mask = _plain(mask)
     counts = np.empty(len(mask), np.int64)
-    _succeed(library().efx_count(*_array(mask), len(mask), 8 * mask.shape[1], *_array(counts)))
+    _succeed(_call("efx_count", *_array(mask), len(mask), 8 * mask.shape[1], *_array(counts)))
     return counts
 
 
 def fours(mask: np.ndarray, columns: int) -> int:
     """See `numpy_codec.fours`."""
     mask = _plain(mask)
-    return _succeed(library().efx_fours(*_array(mask), len(mask), columns))
+    return _succeed(_call("efx_fours", *_array(mask), len(mask), columns))
 
 
 def _pack(
@@ -113,7 +113,8 @@ def _pack(
     packed: np.ndarray | None,
 ) -> int:
     values = _plain(values)
-    result = library().efx_pack(
+    result = _call(
+        "efx_pack",
         values.itemsize,
         *_array(values),
         *values.shape,
@@ -124,6 +125,12 @@ def _pack(
         *((None, 0) if packed is None else _array(packed)),
     )
     return result if result == _NOT_24 else _succeed(result)
+
+
+def _call(function: str, *arguments: int | None) -> int:
+    """A function of the compiled library, which `library` has found."""
+    result: int = getattr(library(), function)(*arguments)
+    return result
 
 
 def _new_mask(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
