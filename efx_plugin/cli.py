@@ -77,7 +77,7 @@ StructureOption = Annotated[
 
 @app.command()
 def prune(
-    model: Annotated[Path, typer.Argument(help="Directory of the model to prune.")],
+    model: Annotated[Path, typer.Argument(help="Directory of the model to prune, or its name on the hub.")],
     output: Annotated[Path, typer.Argument(help="Directory to write; must not exist yet.")],
     dataset: Annotated[
         str,
@@ -108,7 +108,7 @@ def prune(
             metavar="N:M", help="Prune N of every M weights, without --recipe; 0:0 is unstructured.  [default: 0:0]"
         ),
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Directory of a LoRA adapter to merge in.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Directory or hub name of a LoRA adapter to merge in.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 128,
     length: Annotated[int, typer.Option(help="Tokens per calibration sequence.", min=2)] = 512,
     structure: StructureOption = "auto",
@@ -147,7 +147,7 @@ def prune(
         trust_remote_code=trust_remote_code,
         progress=not quiet,
     )
-    request.check_names()
+    request = request.checked()
     started = time.monotonic()
     if quiet:  # before anything is imported that reads it
         os.environ |= {"TQDM_DISABLE": "1", "LLM_COMPRESSOR_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}

@@ -46,13 +46,15 @@ class Prepared:
 
 
 def preflight(request: PruneRequest) -> Prepared:
-    """Look at names, recipe, model, adapter, tokenizer, memory, data and disk, and say what is going to be done.
+    """Look at recipe, model, adapter, tokenizer, memory, data and disk, and say what is going to be done.
+
+    Args:
+        request: a checked one.
 
     Raises:
-        UsageError: something is named that is not there, or options contradict each other.
+        UsageError: options contradict each other.
         EfxError: something is unfit.
     """
-    request.check_names()
     recipe = request.recipe.instantiate()
     check_order(recipe)
     _check_structure(request.structure, recipe)

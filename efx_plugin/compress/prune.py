@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 from efx_plugin.checkpoint import save_sparse
+from efx_plugin.checkpoint.provenance import public_name
 from efx_plugin.checkpoint.reader import sizes
 from efx_plugin.compress.preflight import preflight
 from efx_plugin.compress.request import PruneRequest
@@ -32,6 +33,7 @@ def prune_to_checkpoint(request: PruneRequest) -> dict[str, Any]:
     Raises:
         EfxError: any input is unfit; nothing is written then.
     """
+    request = request.checked()
     prepared = preflight(request)
     sources, recipe, calibration = prepared.sources, prepared.recipe, prepared.calibration
     network = sources.load()
@@ -61,7 +63,7 @@ def prune_to_checkpoint(request: PruneRequest) -> dict[str, Any]:
         "calibration": f"{len(calibration)} sequences of {request.length} tokens from {request.dataset_name}",
     }
     if request.adapter is not None:
-        metadata["adapter"] = request.adapter.resolve().name
+        metadata["adapter"] = public_name(request.adapter.resolve())
     save_sparse(
         network,
         request.output,

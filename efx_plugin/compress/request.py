@@ -2,15 +2,17 @@
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from efx_plugin.checkpoint.storage.atomic import refuse_existing
 from efx_plugin.compress.recipe import RecipeText
-from efx_plugin.errors import UsageError
+from efx_plugin.errors import UsageError, one_line
 
 # Endings of files that are read as calibration data, each perhaps followed by .gz.
 KINDS_OF_DATA = (".txt", ".json", ".jsonl", ".csv", ".parquet")
+# What is downloaded of a model or an adapter: all but weights in other forms than safetensors.
+_PARTS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "README.md")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -19,11 +21,11 @@ class PruneRequest:
     """Everything that decides what `efx prune` does.
 
     Attributes:
-        model: directory of a model with its tokenizer.
+        model: directory of a model with its tokenizer, or OWNER/NAME on the hub.
         output: directory to write; it must not exist.
         recipe: what to prune, and how.
         dataset: a file of calibration data, or the name of a data set on the hub; see `read_documents`.
-        adapter: directory of a LoRA adapter, merged in fp32.
+        adapter: directory of a LoRA adapter, or OWNER/NAME on the hub; merged in fp32.
         text_field: the field of the data that holds the text; None for the usual names, see `calibration_set`.
         samples, length: number and tokens of the calibration sequences.
         structure: sparse format, see `save_sparse`.
@@ -50,19 +52,20 @@ class PruneRequest:
         """The name of the calibration data for others to read: of a path only the last part."""
         return self.dataset if is_hub_name(self.dataset) else Path(self.dataset).name
 
-    def check_names(self) -> None:
-        """Refuse names of files and directories that cannot be meant, by a look at the file system alone.
+    def checked(self) -> "PruneRequest":
+        """The same request, once a look at the file system has found its names to mean something.
+
+        A model or an adapter that is named as on the hub is downloaded into the hub's cache.
 
         Raises:
             UsageError: one of the inputs is not there, or is of no kind that can be read.
             EfxError: the output exists already or cannot be created.
         """
         refuse_existing(self.output)
-        _refuse_missing_directory(self.model, "a model")
-        if self.adapter is not None:
-            _refuse_missing_directory(self.adapter, "an adapter")
         if not is_hub_name(self.dataset):
             _refuse_data_file(Path(self.dataset))
+        adapter = None if self.adapter is None else _find_directory(self.adapter, "an adapter")
+        return replace(self, model=_find_directory(self.model, "a model"), adapter=adapter)
 
 
 def is_hub_name(named: str) -> bool:
@@ -77,15 +80,26 @@ def kind_of_data(path: Path) -> str | None:
     return next((kind for kind in KINDS_OF_DATA if name.endswith(kind)), None)
 
 
-def _refuse_missing_directory(path: Path, what: str) -> None:
+def _find_directory(path: Path, what: str) -> Path:
     if path.is_dir():
-        return
+        return path
     if path.exists():
         raise UsageError(f"{path} is a file: pass the directory of {what}")
-    hint = _near(path, directories=True)
-    if not hint and is_hub_name(str(path)):
-        hint = f"; to get it from the hub, run hf download {path} --local-dir DIRECTORY first"
-    raise UsageError(f"there is no directory {path}: pass the directory of {what}{hint}")
+    if is_hub_name(str(path)):
+        return _download(str(path), what)
+    raise UsageError(f"there is no directory {path}: pass the directory of {what}{_near(path, directories=True)}")
+
+
+def _download(name: str, what: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_PARTS)))
+    except Exception as error:  # no network, no such name, no access
+        raise UsageError(
+            f"there is no directory {name}, and the hub does not give {what} of that name ({one_line(error)}): run hf "
+            f"download {name} --local-dir DIRECTORY where it is reachable, and pass DIRECTORY"
+        ) from error
 
 
 def _refuse_data_file(path: Path) -> None:

@@ -1,8 +1,10 @@
 """What was typed wrongly is refused from a look at the file system, before torch is imported."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,7 +36,13 @@ def folder(tmp_path):
 
 
 def efx(folder, *arguments):
-    return subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, cwd=folder)
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
 
 
 @pytest.mark.parametrize(
@@ -43,7 +51,7 @@ def efx(folder, *arguments):
         ({"output": "there"}, 1, "there exists already"),
         ({"output": "text.jsonl/out"}, 1, "text.jsonl, in which out is to be written, is no directory"),
         ({"model": "modell"}, 2, "there is no directory modell: pass the directory of a model; did you mean model?"),
-        ({"model": "owner/model"}, 2, "hf download owner/model --local-dir DIRECTORY"),
+        ({"model": "owner/model"}, 2, "hf download owner/model --local-dir DIRECTORY where"),
         ({"model": "text.jsonl"}, 2, "text.jsonl is a file: pass the directory of a model"),
         ({"--adapter": "lara"}, 2, "there is no directory lara: pass the directory of an adapter; did you mean lora?"),
         ({"--dataset": "test.jsonl"}, 2, "no calibration file test.jsonl: pass --dataset a file that ends in .txt, "),
@@ -70,8 +78,19 @@ def test_export_refuses_its_output_before_torch_is_imported(folder):
 
 def test_what_is_there_passes(folder):
     request = PruneRequest(folder / "model", folder / "new" / "out", default_recipe(), str(folder / "text.jsonl"))
-    request.check_names()
+    assert request.checked() == request
     assert not (folder / "new").exists()
+
+
+def test_a_model_and_an_adapter_come_from_the_hub(folder, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(folder / name.partition("/")[2]))
+    request = PruneRequest(
+        Path("owner/model"), folder / "out", default_recipe(), str(folder / "text.jsonl"), Path("owner/lora")
+    )
+    checked = request.checked()
+    assert (checked.model, checked.adapter) == (folder / "model", folder / "lora")
 
 
 def test_a_name_on_the_hub_is_no_path(folder, monkeypatch):
