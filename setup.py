@@ -64,11 +64,12 @@ def library(name: str, folder: str, sources: list[str], flags: list[str]) -> Ext
         name,
         sources=[f"{folder}/{source}" for source in chosen],
         depends=glob(f"{folder}/*.hpp"),
-        define_macros=[("EFX_WITH_X86", None)] if IS_X86 else [],
+        define_macros=[("Py_LIMITED_API", "0x030B0000"), *([("EFX_WITH_X86", None)] if IS_X86 else [])],
         extra_compile_args=[*COMPILE, *flags],
         extra_link_args=flags,
         language="c++",
         optional=True,
+        py_limited_api=True,
     )
 
 
@@ -82,6 +83,7 @@ setup(
     package_dir={"efx_plugin.recipes": "recipes", "optimum.commands.register": "efx_plugin/optimum_cli"},
     package_data={"efx_plugin": ["py.typed"], "efx_plugin.recipes": ["*.yaml"]},
     cmdclass={"build_ext": BuildLibraries},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},  # one wheel for Python 3.11 and later
     ext_modules=[
         library(
             "efx_plugin.checkpoint.codec.native._bits",

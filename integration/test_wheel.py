@@ -67,12 +67,13 @@ def python(unpacked, tmp_path_factory):
     The codec is compiled of the sdist. The kernels, two minutes of compilation, are the tree's where these are up to
     date: the build takes a library that is newer than its sources.
     """
-    library = Path("efx_plugin", "kernels", "native", f"_linear{sysconfig.get_config_var('EXT_SUFFIX')}")
-    shutil.copy2(ROOT / library, unpacked / library)
+    kernels = Path("efx_plugin", "kernels", "native")
+    for library in (ROOT / kernels).glob("_linear*.so"):
+        shutil.copy2(library, unpacked / kernels)
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder, unpacked, cwd=folder)
-    (wheel,) = folder.glob("*.whl")
+    (wheel,) = folder.glob("*-cp311-abi3-*.whl")
     venv.create(folder / "environment", symlinks=True)
     python = folder / "environment" / "bin" / "python"
     run(*pip, "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
