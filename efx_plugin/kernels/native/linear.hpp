@@ -26,6 +26,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "layout.hpp"
 
@@ -41,13 +42,15 @@ struct Index {
     constexpr operator int() const { return I; }
 };
 
+template <class F, int... I>
+EFX_INLINE inline void unroll(F&& f, std::integer_sequence<int, I...>) {
+    (f(Index<I>{}), ...);
+}
+
 // Call f(Index<0>), f(Index<1>), ...: loops over registers must be gone before registers are assigned.
-template <int N, int I = 0, class F>
+template <int N, class F>
 EFX_INLINE inline void unroll(F&& f) {
-    if constexpr (I < N) {
-        f(Index<I>{});
-        unroll<N, I + 1>(f);
-    }
+    unroll(f, std::make_integer_sequence<int, N>{});
 }
 
 inline float to_float(uint16_t bf16) {
