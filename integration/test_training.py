@@ -22,6 +22,7 @@ from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import effective_weight, linear_layers, merge_adapters
 from efx_plugin.model.masked import mask_of
 from efx_plugin.training import EfficientXpertCallback
+from efx_plugin.training.recorder import Recorder
 from integration.serving_models import kernel
 from integration.tiny_training import STEPS, TEXT, in_processes, tiny_peft_model, tiny_trainer, train, train_sharded
 from integration.train_expert import train_tiny_expert
@@ -184,20 +185,20 @@ def fisher_of(tmp_path, monkeypatch, **arguments):
     """After which steps Fisher statistics watched, the batches of a pruning point, and the sensitivities there, each
     of norm one: a common factor of the loss does not matter. The learning rate is zero."""
     callback = EfficientXpertCallback(calibration_tokens=TOKENS, warmup_fraction=2 / 3)
-    watched, found, prune = [], {}, callback._prune
+    watched, taken, take = [], [], Recorder.take
 
-    def record(*args, **kwargs):
-        found["batches"] = [batch.inputs["input_ids"] for _, batch, _ in callback._batches]
-        found["tokens"] = callback._fisher.count
-        found["c"] = {name: total / total.norm() for name, total in callback._fisher.sums.items()}
-        return prune(*args, **kwargs)
+    def record(recorder):
+        assert recorder._fisher.count == 3 * 4 * 32
+        taken.append(take(recorder))
+        return taken[-1]
 
-    monkeypatch.setattr(callback, "_prune", record)
-    watch = Watch(lambda step, **_: watched.append(step) if callback._watches else None)
+    monkeypatch.setattr(Recorder, "take", record)
+    watch = Watch(lambda step, **_: watched.append(step) if callback._recorder.watches else None)
     tiny_trainer(tmp_path, callback, callbacks=(watch,), learning_rate=0.0, **arguments).train()
     assert watched == [5, 6, 7]
-    assert found["tokens"] == 3 * 4 * 32
-    return torch.cat(found["batches"]), found["c"]
+    (recording,) = taken
+    ids = torch.cat([batch.inputs["input_ids"] for batch in recording.batches])
+    return ids, {name: c / c.norm() for name, c in recording.fisher.sensitivities.items()}
 
 
 def test_fisher_comes_from_the_gradients_of_training_just_before_the_pruning_point(tmp_path, monkeypatch):
@@ -414,7 +415,7 @@ def test_an_end_of_a_tied_model_that_was_trained_alone_gets_its_own_weight(tmp_p
 def test_tokens_whose_label_is_not_used_do_not_count(tmp_path):
     def counted(labels):
         callback, seen = EfficientXpertCallback(calibration_tokens=TOKENS, warmup_fraction=0.5), []
-        watch = Watch(lambda step, **_: seen.append(sum(int(batch.mask.sum()) for _, batch, _ in callback._batches)))
+        watch = Watch(lambda step, **_: seen.append(callback._recorder.recorded))
         rows = [{"input_ids": ids, "labels": labels(ids)} for ids in TEXT]
         trainer = tiny_trainer(tmp_path, callback, rows=rows, callbacks=(watch,))
         try:

@@ -1,4 +1,4 @@
-"""LoRA training that ends sparse: the life cycle of transformers' Trainer onto the engine in `model/`.
+"""LoRA training that ends sparse: the life cycle of transformers' Trainer onto the engine.
 
 Training starts dense. At each pruning point the training batches before it become calibration data, the scores are
 those of the unmasked W + s·B A, and from there on the model computes, and the adapter learns, under the new mask. W
@@ -8,9 +8,7 @@ end of training everything is merged into a plain sparse model.
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,9 +29,8 @@ from efx_plugin.engine.blocks import PlannedBlock, allocate_over_blocks, plan_bl
 from efx_plugin.engine.compute_dtype import warn_of_slow_dtype
 from efx_plugin.engine.decide import Decision, RunningScores
 from efx_plugin.engine.distributed import gather_objects, world
-from efx_plugin.engine.fisher import FisherStatistics, is_language_model
 from efx_plugin.engine.report import measures
-from efx_plugin.engine.sequential import Batch, prune_in_sequence, register_hook
+from efx_plugin.engine.sequential import prune_in_sequence
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import (
     LinearLayer,
@@ -41,7 +38,6 @@ from efx_plugin.model.adapters import (
     active_adapters,
     add_to_adapter,
     effective_weight,
-    inner_model,
     linear_layers,
     read_parameter,
     refuse_adapters,
@@ -49,6 +45,7 @@ from efx_plugin.model.adapters import (
     write_parameter,
 )
 from efx_plugin.model.masked import has_dropout, install_mask, mask_of, remove_mask
+from efx_plugin.training.recorder import Recorder
 from efx_plugin.training.schedule import pruning_steps
 from efx_plugin.training.state import link_state, pack_mask, read_state, unpack_mask, write_state
 
@@ -56,8 +53,6 @@ from efx_plugin.training.state import link_state, pack_mask, read_state, unpack_
 _PRUNED = "efficientxpert.safetensors"
 _OWN = "efficientxpert-{}.safetensors"
 
-# Arguments of a forward pass that do not change what the decoder blocks see.
-_NOT_INPUTS = {"labels", "num_items_in_batch", "use_cache", "logits_to_keep"}
 # Parts of the names of what PEFT adds to a model's state.
 _NOT_IN_A_PLAIN_MODEL = (".lora_", ".trainable_tokens_", ".original_module.", ".modules_to_save.")
 
@@ -153,26 +148,20 @@ class EfficientXpertCallback(TrainerCallback):
         self._plans: list[PlannedBlock] = plan_blocks(model, self.arguments)
         self._layers = [layer for plan in self._plans for layer in plan.layers]
         self._pruned = 0  # pruning points that lie behind
-        self._step = state.global_step
-        # Batches of this process with their step, and their tokens; the last ones that calibrate the next pruning.
-        self._batches: deque[tuple[int, Batch, int]] = deque()
-        self._current: Tensor | None = None
         self._running = RunningScores(self.arguments.new_score_weight) if self.refreshes > 1 else None
-        self._fisher: FisherStatistics | None = None
-        if self.arguments.uses_propagation and self.arguments.propagation == "fisher":
-            self._fisher = FisherStatistics(self._layers, lambda: self._current)
-        self._watching = ExitStack()  # hooks of the Fisher statistics, while they watch
-        self._watches = False
+        fisher = self.arguments.uses_propagation and self.arguments.propagation == "fisher"
+        self._recorder = Recorder(
+            model,
+            tokens=self.calibration_tokens,
+            step=state.global_step,
+            fisher_layers=self._layers if fisher else [],
+        )
         self._pending = {}
         self._pruned_state: Path | None = None  # a file that holds what the last pruning point has changed
-        self._recording = model.register_forward_pre_hook(self._see_batch, with_kwargs=True)
         self.masks = {}
         if state.global_step:
             self._restore(args, state)
-        if self._pruned < len(self._schedule):
-            self._watch()
-        else:
-            self._recording.remove()
+        self._record_on()
         if args.save_strategy != "no" and isinstance(model, PeftModel) and len(model.active_adapters) > 1:
             logger.warning(
                 f"the Trainer resumes one adapter and {len(model.active_adapters)} are being trained: this run cannot "
@@ -181,100 +170,35 @@ class EfficientXpertCallback(TrainerCallback):
         if any(has_dropout(layer) for layer in self._layers):
             logger.warning(f"lora_dropout has no counterpart under a mask: it is off from step {self._schedule[0]} on")
 
-    # ------------------------------------------------------------------------------------- what training shows
-
-    def _see_batch(self, module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not (module.training and torch.is_grad_enabled()):  # an evaluation
-            return
-        shown = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-        if shown is None:
-            raise EfxError(
-                "EfficientXpertCallback records training batches and found neither input_ids nor inputs_embeds among "
-                "the keyword arguments of the model: pass them by name in compute_loss"
-            )
-        mask = torch.ones(shown.shape[:2], dtype=torch.bool, device=shown.device)
-        attention_mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
-        if attention_mask is not None and attention_mask.shape == mask.shape:
-            mask &= attention_mask.bool()
-        if labels is not None and labels.shape == mask.shape:
-            in_loss = labels != -100
-            inner: Any = inner_model(module)
-            if is_language_model(inner):
-                in_loss[:, 0] &= in_loss[:, 1:].any(dim=1)  # the first token's own label is never used
-            mask &= in_loss
-        inputs = {
-            name: value.detach() if isinstance(value, Tensor) else value
-            for name, value in kwargs.items()
-            if name not in _NOT_INPUTS and ((isinstance(value, Tensor) and value.dim()) or type(value) is int)
-        }
-        tokens = int(mask.sum())
-        self._current = mask
-        if not tokens:
-            return
-        self._batches.append((self._step, Batch(inputs, mask), tokens))
-        while self._recorded - self._batches[0][2] >= self._budget:
-            self._batches.popleft()
-        if self._fisher is not None and self._watches:
-            self._fisher.see_tokens(tokens)
-
-    @property
-    def _budget(self) -> int:
-        return math.ceil(self.calibration_tokens / world()[1])
-
-    @property
-    def _recorded(self) -> int:
-        return sum(tokens for _, _, tokens in self._batches)
-
-    def _watch(self) -> None:
-        """Let the Fisher statistics see the steps that are going to fill `calibration_tokens`, and no others: their
-        hooks take time."""
-        if self._fisher is None:
-            return
-        steps = len({step for step, _, _ in self._batches})
-        per_step = self._recorded / steps if steps else 0
-        wanted = (self._schedule[self._pruned] - self._step - 1) * per_step < self._budget
-        if wanted and not self._watches:
-            self._fisher.attach(partial(register_hook, self._watching))
-        elif not wanted and self._watches:
-            self._watching.close()
-            self._fisher.reset()
-        self._watches = wanted
-
     # ------------------------------------------------------------------------------------------- pruning points
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._step = state.global_step
         if self._pruned == len(self._schedule):
             return
-        if self._step == self._schedule[self._pruned]:
+        self._recorder.step = state.global_step
+        if state.global_step == self._schedule[self._pruned]:
             self._pending = self._prune(kwargs["model"], kwargs["optimizer"], show=state.is_world_process_zero)
             control.should_log = True
+        self._record_on()
+
+    def _record_on(self) -> None:
         if self._pruned < len(self._schedule):
-            self._watch()
+            self._recorder.watch_before(self._schedule[self._pruned])
+        else:
+            self._recorder.close()
 
     def _prune(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, show: bool) -> dict[str, float]:
-        started = time.perf_counter()
-        # Under FSDP every forward pass is a collective: all processes take as many batches as the poorest has.
-        count = min(gather_objects(len(self._batches)))
-        batches = [batch for _, batch, _ in self._batches][len(self._batches) - count :]
-        tokens = sum(gather_objects(sum(int(batch.mask.sum()) for batch in batches)))
-        if not tokens:
-            raise EfxError(
-                f"training has shown no token whose label is used before the pruning point at step {self._step}, so it "
-                "cannot be calibrated: check that labels are not all -100, or prune later"
-            )
-        if tokens < self.calibration_tokens and show:
+        started, step = time.perf_counter(), self._schedule[self._pruned]
+        recording = self._recorder.take()
+        if recording.tokens < self.calibration_tokens and show:
             logger.warning(
-                f"the pruning point at step {self._step} is calibrated on {tokens} tokens instead of "
+                f"the pruning point at step {step} is calibrated on {recording.tokens} tokens instead of "
                 f"{self.calibration_tokens}: training has seen no more since the last one"
             )
-        fisher = None if self._fisher is None else self._fisher.result()
-        self._watching.close()
-        self._watches = False
         previous = _masks_of(self._layers)
         for layer in self._layers:
             remove_mask(layer)
-        sparsities = None
+        fisher, sparsities = recording.fisher, None
         if self.arguments.allocation == "layer":
             assert fisher is not None  # PruningArguments refuses whatever has no use for it
             sparsities = allocate_over_blocks(self._plans, self.arguments, fisher.sensitivities, fisher.energies)
@@ -282,27 +206,22 @@ class EfficientXpertCallback(TrainerCallback):
             model,
             self._plans,
             self.arguments,
-            batches,
+            recording.batches,
             store=partial(self._store, optimizer),
             sparsities=sparsities,
             sensitivities=None if fisher is None else fisher.sensitivities,
             running=self._running,
-            progress=f"Pruning at step {self._step}" if show else None,
+            progress=f"Pruning at step {step}" if show else None,
         )
-        self._batches.clear()
-        if self._fisher is not None:
-            self._fisher.reset()
         self._pruned += 1
         self._pruned_state = None
-        if self._pruned == len(self._schedule):
-            self._recording.remove()
         measured = measures(results)
         if previous:
             measured["mask_iou"] = _intersection_over_union(previous, _masks_of(self._layers))
         measured["pruning_seconds"] = time.perf_counter() - started
         if show:
             logger.info(
-                f"pruning point {self._pruned} of {self.refreshes}, step {self._step}: "
+                f"pruning point {self._pruned} of {self.refreshes}, step {step}: "
                 + ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
             )
         return measured
@@ -335,8 +254,7 @@ class EfficientXpertCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model: nn.Module = kwargs["model"]
-        self._watching.close()
-        self._recording.remove()
+        self._recorder.close()
         if self._pruned < len(self._schedule):
             raise EfxError(
                 f"training has ended after step {state.global_step}, before the pruning point at step "
@@ -364,27 +282,8 @@ class EfficientXpertCallback(TrainerCallback):
         directory = _checkpoint(args, state)
         if self._pruned:
             self._save_pruned(directory)
-        tensors: dict[str, Tensor] = {}
-        batches, energy_tokens = [], {}
-        for index, (step, batch, _tokens) in enumerate(self._batches):
-            tensors[f"batch.{index}.mask"] = batch.mask
-            held = {name: value for name, value in batch.inputs.items() if isinstance(value, Tensor)}
-            tensors |= {f"batch.{index}.inputs.{name}": value for name, value in held.items()}
-            numbers = {name: value for name, value in batch.inputs.items() if name not in held}
-            batches.append({"step": step, "tensors": list(held), "numbers": numbers})
-        fisher = self._fisher if self._watches else None
-        if fisher is not None:
-            tensors |= {f"fisher.{name}": total for name, total in fisher.sums.items()}
-            tensors |= {f"energy.{name}": inputs.sum for name, inputs in fisher.inputs.items()}
-            energy_tokens = {name: inputs.count for name, inputs in fisher.inputs.items()}
-        values = {
-            "arguments": self._described(),
-            "pruned": self._pruned,
-            "watches": self._watches,
-            "fisher_tokens": 0 if fisher is None else fisher.count,
-            "energy_tokens": energy_tokens,
-            "batches": batches,
-        }
+        tensors, recorded = self._recorder.state()
+        values = {"arguments": self._described(), "pruned": self._pruned} | recorded
         write_state(directory / _OWN.format(world()[0]), tensors, values)
 
     def _save_pruned(self, directory: Path) -> None:
@@ -421,17 +320,7 @@ class EfficientXpertCallback(TrainerCallback):
         self._pruned = values["pruned"]
         if self._pruned:
             self._restore_pruned(directory / _PRUNED)
-        for index, batch in enumerate(values["batches"]):
-            inputs = {name: tensors[f"batch.{index}.inputs.{name}"] for name in batch["tensors"]} | batch["numbers"]
-            mask = tensors[f"batch.{index}.mask"]
-            self._batches.append((batch["step"], Batch(inputs, mask), int(mask.sum())))
-        if self._fisher is not None and values["watches"]:
-            for name, total in self._fisher.sums.items():
-                total.copy_(tensors[f"fisher.{name}"])
-            for name, inputs in self._fisher.inputs.items():
-                inputs.sum.copy_(tensors[f"energy.{name}"])
-                inputs.count = values["energy_tokens"][name]
-            self._fisher.count = values["fisher_tokens"]
+        self._recorder.restore(tensors, values)
 
     def _restore_pruned(self, path: Path) -> None:
         tensors, _ = read_state(path)
