@@ -14,6 +14,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = {
     "compress": "compress",
     "engine": "compress",
+    "evaluate": "compress",
     "model": "compress",
     "modifier": "compress",
     "optimum_cli": "dev",

@@ -1,0 +1,237 @@
+"""One cell of a comparison: a pipeline on exact inputs, the key that it is cached under, and what it found.
+
+Nothing here imports torch.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+# Distributions whose release may change a result.
+_LIBRARIES = (
+    "efx-plugin",
+    "torch",
+    "transformers",
+    "peft",
+    "llmcompressor",
+    "compressed-tensors",
+    "tokenizers",
+    "lm_eval",
+)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Text that nothing was trained or calibrated on.
+
+    Attributes:
+        name: what tables call the corpus.
+        path: its documents, a JSON record a line.
+    """
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Data:
+    """The text of a domain, in files with a JSON record a line; see `efx_plugin.evaluate.data`, which writes them.
+
+    Attributes:
+        name: what tables call the domain.
+        calibration, training: no document of theirs is in `heldout`.
+        heldout: corpora to evaluate on; the first is that of the domain.
+        samples: calibration sequences.
+        length: tokens of a calibration, training or evaluation sequence.
+        training_tokens: tokens that a trained pipeline sees in all.
+        heldout_tokens: tokens at most that a corpus is evaluated on: its first documents.
+        text_field: the field of a record that holds the text; None for the usual names, see `calibration_set`.
+    """
+
+    name: str
+    calibration: Path
+    training: Path
+    heldout: tuple[HeldOut, ...]
+    samples: int = 128
+    length: int = 512
+    training_tokens: int = 100_000
+    heldout_tokens: int = 50_000
+    text_field: str | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pipeline on exact inputs.
+
+    Attributes:
+        model: directory of the base model.
+        adapter: directory of its LoRA adapter; None where there is none.
+        pipeline: a key of `PIPELINES`.
+        sparsity: fraction of the weights to prune, 0 for pipelines that do not prune.
+        mask_structure: "N:M", or "0:0" for unstructured.
+        seed: of the choice of calibration sequences and of all that is random in the pipeline.
+        data: the text.
+        tasks: names of lm-eval tasks to score.
+        arguments: further arguments of the pipeline, as pairs sorted by name; values are those of JSON.
+    """
+
+    model: Path
+    adapter: Path | None
+    pipeline: str
+    sparsity: float
+    seed: int
+    data: Data
+    mask_structure: str = "0:0"
+    tasks: tuple[str, ...] = ()
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What progress and errors call it."""
+        parts = [self.pipeline, self.data.name]
+        if self.sparsity:
+            parts.insert(1, sparsity_name(self.sparsity, self.mask_structure))
+        return f"{' '.join(parts)}, seed {self.seed}"
+
+    def key(self) -> str:
+        """64 hexadecimal digits that change whenever anything does that the result depends on: the bytes of every
+        file, the arguments, the versions of the libraries. Where the files lie does not matter."""
+        inputs = {
+            "model": _directory_hash(self.model),
+            "adapter": None if self.adapter is None else _directory_hash(self.adapter),
+            "pipeline": self.pipeline,
+            "sparsity": self.sparsity,
+            "mask_structure": self.mask_structure,
+            "seed": self.seed,
+            "data": asdict(self.data)
+            | {
+                "calibration": file_hash(self.data.calibration),
+                "training": file_hash(self.data.training),
+                "heldout": [[one.name, file_hash(one.path)] for one in self.data.heldout],
+            },
+            "tasks": self.tasks,
+            "arguments": self.arguments,
+            "versions": versions(),
+        }
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+    def as_json(self) -> dict[str, Any]:
+        """Ready for `json.dumps`; `from_json` is the way back."""
+        return json.loads(json.dumps(asdict(self), default=str))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Cell":
+        """The cell that `as_json` has described."""
+        data = Data(**value["data"])
+        data = replace(
+            data,
+            calibration=Path(data.calibration),
+            training=Path(data.training),
+            heldout=tuple(HeldOut(one["name"], Path(one["path"])) for one in value["data"]["heldout"]),
+        )
+        return cls(
+            **{
+                **value,
+                "model": Path(value["model"]),
+                "adapter": None if value["adapter"] is None else Path(value["adapter"]),
+                "data": data,
+                "tasks": tuple(value["tasks"]),
+                "arguments": tuple((name, argument) for name, argument in value["arguments"]),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class CorpusLosses:
+    """How well a model predicts a corpus, document by document.
+
+    Attributes:
+        losses: summed negative log-likelihood of each document's predicted tokens, in nats.
+        tokens: number of those tokens.
+    """
+
+    losses: list[float]
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What a cell found.
+
+    Attributes:
+        corpora: losses by the name of the held-out corpus.
+        tasks: scores by the name of the task: `accuracy`, `chance` and what else the task tells.
+        sparsity: achieved over the target layers.
+        bits_per_weight_stored, bits_per_weight_served: over the target layers, zeros counted as weights; see `bits`.
+        layers: of each target layer `name`, `sparsity` and `damage`.
+        notes: sentences.
+        seconds: of the pipeline, loading included; evaluation is in `seconds_evaluation`.
+        peak_mb: largest resident memory of the cell's process, in MB (1e6 bytes).
+        peak_accelerator_mb: largest memory that torch had on the accelerator; 0 without one.
+        compute_dtype: what perplexity was computed in.
+        machine: name of the processor, or of the accelerator.
+        versions: of the libraries.
+    """
+
+    corpora: dict[str, CorpusLosses]
+    tasks: dict[str, dict[str, Any]]
+    sparsity: float
+    bits_per_weight_stored: float
+    bits_per_weight_served: float
+    layers: list[dict[str, Any]]
+    notes: list[str]
+    seconds: float
+    seconds_evaluation: float
+    peak_mb: float
+    peak_accelerator_mb: float
+    compute_dtype: str
+    machine: str
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Ready for `json.dumps`; `from_json` is the way back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "CellResult":
+        """The result that `as_json` has described."""
+        return cls(**{**value, "corpora": {name: CorpusLosses(**losses) for name, losses in value["corpora"].items()}})
+
+
+def sparsity_name(sparsity: float, mask_structure: str = "0:0") -> str:
+    """A sparsity for people: "50 %", or the structure where there is one, "2:4"."""
+    return f"{100 * sparsity:g} %" if mask_structure == "0:0" else mask_structure
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that a result depends on, as far as they are installed."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes; read once as long as the file does not change."""
+    status = path.stat()
+    return _hash(path, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _hash(path: Path, _size: int, _changed: int) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _directory_hash(directory: Path) -> dict[str, str]:
+    """Hashes of the files of a model or an adapter, by name; hidden files and folders do not count."""
+    files = (path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith("."))
+    return {path.name: file_hash(path) for path in files}
