@@ -81,7 +81,10 @@ setup(
         "optimum.commands.register",
     ],
     package_dir={"efx_plugin.recipes": "recipes", "optimum.commands.register": "efx_plugin/optimum_cli"},
-    package_data={"efx_plugin": ["py.typed"], "efx_plugin.recipes": ["*.yaml"]},
+    package_data={
+        "efx_plugin": ["py.typed", "kernels/cuda/*.cu", "kernels/cuda/*.cuh"],
+        "efx_plugin.recipes": ["*.yaml"],
+    },
     cmdclass={"build_ext": BuildLibraries},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},  # one wheel for Python 3.11 and later
     ext_modules=[

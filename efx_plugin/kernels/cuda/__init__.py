@@ -1,0 +1,1 @@
+"""Sparse linear layers on NVIDIA GPUs, from CUDA C++ that is compiled at run time."""

@@ -1,0 +1,122 @@
+"""What is compiled from sparse_linear.cu, and how it is launched: macros, symbols, grids, shared memory and arguments.
+
+Two kernels work on the records of `layout`. Both take weights whose number of columns is a multiple of 8: for others
+the caller pads the activations with columns of zeros up to it, and so the rows of `dense`; the records are the same.
+
+`decode`: y = x W^T + bias for up to 64 tokens, straight from the records. A token's result is the same, to the bit, for
+every number of tokens, hence for every variant. Arguments, in this order:
+
+    x            [tokens, columns], contiguous, at a multiple of 16 bytes
+    starts       int32 [tiles + 1], from `layout.pack`
+    records      uint8 [units, 16], from `layout.pack`, at a multiple of 16 bytes
+    bias         [rows], or a null pointer
+    y            [tokens, rows], contiguous
+    tokens       int32, 1 to the variant's
+    rows         int32
+    columns      int32, a multiple of 8
+
+`expand`: rows of W as a dense matrix. Arguments, in this order:
+
+    starts, records   as above
+    dense             [rows, columns], contiguous, at a multiple of 16 bytes
+    first_row         int32, a multiple of 16: the row of W that comes first
+    rows              int32, how many
+    columns           int32, a multiple of 8
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from efx_plugin.kernels.cuda.layout import HEAD_BYTES, TILE, TILE_ROWS, tiles_of
+
+DTYPES = (torch.bfloat16, torch.float16)
+MOST_TOKENS_DECODED = 64
+
+# A weight is expanded by panels of about so many bytes, for the product to read them from the L2 cache.
+PANEL_BYTES = 16 << 20
+
+# Up to how many tokens `decode` is faster than `expand` and a dense product, by compute capability; measured.
+CROSSOVER: dict[tuple[int, int], int] = {}
+DEFAULT_CROSSOVER = 64
+
+_WARPS = 8  # of a block; in `decode` each takes its part of the columns
+_STAGES = 4  # records in flight per warp
+_SLOT = HEAD_BYTES + 2 * TILE  # bytes of the longest record
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation of the source and the kernel in it.
+
+    Attributes:
+        symbol: the kernel's name.
+        defines: macros and their values.
+        tokens: the most tokens that it takes; 0 for `expand`.
+        row_blocks: blocks of 16 rows that a thread block takes.
+    """
+
+    symbol: str
+    defines: tuple[tuple[str, int], ...]
+    tokens: int
+    row_blocks: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Blocks, threads per block, and bytes of dynamic shared memory per block, all in one dimension."""
+
+    grid: int
+    block: int
+    shared_bytes: int
+
+
+def source() -> str:
+    """The CUDA C++ of all variants; it includes no header."""
+    folder = Path(__file__).parent
+    return "".join((folder / name).read_text() for name in ("ptx.cuh", "sparse_linear.cu"))
+
+
+def decode_variants(dtype: torch.dtype) -> tuple[Variant, ...]:
+    """The variants of `decode` for activations and weights of one of `DTYPES`, by rising number of tokens."""
+    return tuple(_decode(dtype, tiles, row_blocks) for tiles, row_blocks in ((1, 1), (2, 1), (4, 2), (8, 2)))
+
+
+def decode_variant(dtype: torch.dtype, tokens: int) -> Variant:
+    """The variant of `decode` for 1 to 64 tokens."""
+    return next(variant for variant in decode_variants(dtype) if tokens <= variant.tokens)
+
+
+def expand_variant(dtype: torch.dtype) -> Variant:
+    """The variant of `expand`, which comes in one cubin with the first variant of `decode`."""
+    return Variant("efx_expand", decode_variants(dtype)[0].defines, tokens=0, row_blocks=1)
+
+
+def launch(variant: Variant, rows: int, columns: int) -> Launch:
+    """How to launch a variant on a weight, or for `expand` on a panel, of so many rows and columns."""
+    high, wide = tiles_of(rows, columns)
+    if variant.tokens == 0:
+        return Launch(-(-high * wide // _WARPS), _WARPS * 32, _WARPS * _SLOT)
+    return Launch(-(-high // variant.row_blocks), _WARPS * 32, _WARPS * _STAGES * _SLOT)
+
+
+def panel_rows(columns: int) -> int:
+    """Rows of a panel for `expand`: a multiple of 16, at least 16."""
+    return max(1, PANEL_BYTES // (2 * columns * TILE_ROWS)) * TILE_ROWS
+
+
+def crossover(capability: tuple[int, int]) -> int:
+    """Up to how many tokens to use `decode` on a device of that compute capability; at most 64."""
+    return CROSSOVER.get(capability, DEFAULT_CROSSOVER)
+
+
+def _decode(dtype: torch.dtype, token_tiles: int, row_blocks: int) -> Variant:
+    defines = {
+        "EFX_FP16": int(dtype == torch.float16),
+        "EFX_TOKEN_TILES": token_tiles,
+        "EFX_ROW_BLOCKS": row_blocks,
+        "EFX_WARPS": _WARPS,
+        "EFX_STAGES": _STAGES,
+    }
+    return Variant("efx_decode", tuple(defines.items()), tokens=8 * token_tiles, row_blocks=row_blocks)

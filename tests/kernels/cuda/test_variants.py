@@ -1,0 +1,43 @@
+"""The table of variants covers every number of tokens, and what it says fits the devices."""
+
+import pytest
+import torch
+
+from efx_plugin.kernels.cuda import variants
+from efx_plugin.kernels.cuda.variants import DTYPES, MOST_TOKENS_DECODED
+
+SHARED_BYTES_OF_SM_86 = 99 << 10  # per block; of the architectures from 8.0 on, 8.6, 8.9 and 12.0 have the least
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_smallest_variant_that_takes_the_tokens_is_chosen(dtype):
+    all_variants = variants.decode_variants(dtype)
+    for tokens in range(1, MOST_TOKENS_DECODED + 1):
+        variant = variants.decode_variant(dtype, tokens)
+        smaller = [other.tokens for other in all_variants if other.tokens < variant.tokens]
+        assert max(smaller, default=0) < tokens <= variant.tokens
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_block_fits_every_device(dtype):
+    for variant in (*variants.decode_variants(dtype), variants.expand_variant(dtype)):
+        launch = variants.launch(variant, 4096, 14336)
+        assert launch.shared_bytes <= SHARED_BYTES_OF_SM_86 and launch.block <= 1024
+
+
+def test_the_grid_covers_ragged_sizes():
+    decode, expand = variants.decode_variant(torch.bfloat16, 64), variants.expand_variant(torch.bfloat16)
+    assert variants.launch(decode, 33, 64).grid * decode.row_blocks * 16 >= 33
+    assert variants.launch(expand, 33, 72).grid * variants.launch(expand, 33, 72).block // 32 >= 3 * 2
+
+
+@pytest.mark.parametrize("columns", [8, 4096, 14336, 1 << 24])
+def test_a_panel_is_whole_blocks_of_rows_of_bounded_size(columns):
+    rows = variants.panel_rows(columns)
+    assert rows % 16 == 0 and (rows == 16 or rows * columns * 2 <= variants.PANEL_BYTES)
+
+
+def test_the_crossover_is_within_what_decode_takes():
+    values = [*variants.CROSSOVER.values(), variants.DEFAULT_CROSSOVER]
+    assert all(1 <= value <= MOST_TOKENS_DECODED for value in values)
+    assert variants.crossover((0, 0)) == variants.DEFAULT_CROSSOVER
