@@ -10,7 +10,6 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationMixin
 from llmcompressor.recipe import Recipe
 from loguru import logger
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from efx_plugin.checkpoint.formats.registry import find_format
@@ -19,10 +18,9 @@ from efx_plugin.checkpoint.storage_plan import check_structure
 from efx_plugin.compress.calibration import calibration_set
 from efx_plugin.compress.request import PruneRequest
 from efx_plugin.compress.zeros import check_order
-from efx_plugin.engine.blocks import decoder_blocks, linears_outside_blocks
+from efx_plugin.engine.blocks import linears_in_blocks, linears_outside_blocks
 from efx_plugin.engine.compute_dtype import ComputeDtype, choose_compute_dtype, stored_dtype
 from efx_plugin.errors import EfxError, UsageError
-from efx_plugin.model.adapters import LinearLayer, inner_model, linear_layers
 from efx_plugin.model.loading import Sources, inspect_sources
 
 
@@ -108,7 +106,7 @@ def _leave_alone(recipe: Recipe, layers: list[str]) -> None:
 def _least_bytes(sources: Sources, recipe: Recipe) -> int:
     """Bytes that the expert takes at least: a bit for every weight that may be pruned, and the values that are kept."""
     whole = sum(tensor.nbytes for tensor in sources.files.index.values())
-    prunable = [layer.base.weight for layer in _linears_in_blocks(sources.skeleton)]
+    prunable = [layer.base.weight for layer in linears_in_blocks(sources.skeleton)]
     kept = 1 - max((_sparsity(modifier) for modifier in recipe.modifiers), default=0.0)
     quantized = any(isinstance(modifier, QuantizationMixin) for modifier in recipe.modifiers)
     least = sum(
@@ -116,11 +114,6 @@ def _least_bytes(sources: Sources, recipe: Recipe) -> int:
         for weight in prunable
     )
     return max(0, whole - sum(weight.nbytes for weight in prunable)) + int(least)
-
-
-def _linears_in_blocks(model: nn.Module) -> list[LinearLayer]:
-    prefixes = tuple(f"{name}." for name in decoder_blocks(inner_model(model)))
-    return [layer for layer in linear_layers(model) if layer.name.startswith(prefixes)]
 
 
 def _sparsity(modifier: Modifier) -> float:

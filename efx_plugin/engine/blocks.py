@@ -131,6 +131,16 @@ def linears_outside_blocks(model: nn.Module) -> list[str]:
     return [layer.name for layer in outside if layer.module is not head]
 
 
+def linears_in_blocks(model: nn.Module) -> list[LinearLayer]:
+    """Linear layers inside the decoder blocks, in order: what "Linear" targets.
+
+    Raises:
+        EfxError: no decoder blocks are found.
+    """
+    prefixes = tuple(f"{name}." for name in decoder_blocks(inner_model(model)))
+    return [layer for layer in linear_layers(model) if layer.name.startswith(prefixes)]
+
+
 def decoder_blocks(model: nn.Module, block_classes: str | list[str] | None = None) -> dict[str, nn.Module]:
     """The decoder blocks of a transformers model by name, in order; of a vision-language model those of its language
     model.

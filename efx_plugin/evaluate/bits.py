@@ -1,0 +1,144 @@
+"""Bits per weight over the target layers, the linear layers inside the decoder blocks; zeros count as weights.
+
+Everything that belongs to a weight counts: its values, the mask that says where they stand, scales and zero points.
+Embeddings, norms and the output layer are the same in every pipeline and count nowhere.
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from efx_plugin.checkpoint import quantized
+from efx_plugin.checkpoint.formats.registry import find_format
+from efx_plugin.checkpoint.reader import (
+    expand_weight,
+    group_parts,
+    read_config,
+    read_dense_layout,
+    read_sparsity_config,
+)
+from efx_plugin.checkpoint.storage import safetensors_file
+from efx_plugin.engine.blocks import linears_in_blocks
+from efx_plugin.errors import EfxError
+from efx_plugin.kernels.op import pack
+
+# What lies beside a quantized weight and is needed to use it.
+_SCALES = ("weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale", "weight_g_idx")
+_PACKED = "weight_packed"
+
+
+class Size(NamedTuple):
+    """Rows, columns and non-zeros of a weight."""
+
+    rows: int
+    columns: int
+    nonzeros: int
+
+
+def sizes(model: nn.Module) -> list[Size]:
+    """Of the target layers of a model with its zeros in place, in order."""
+    weights = (layer.base.weight for layer in linears_in_blocks(model))
+    return [Size(weight.shape[0], weight.shape[1], int(weight.count_nonzero())) for weight in weights]
+
+
+def reckon(
+    layers: Iterable[Size],
+    value_bits: float,
+    *,
+    sparse_format: str | None = None,
+    group: int | None = None,
+    scale_bits: int = 16,
+    zero_point_bits: int = 0,
+) -> float:
+    """Bits per weight of layers that are stored so.
+
+    Args:
+        layers: see `sizes`.
+        value_bits: of a value.
+        sparse_format: "sparse-bitmask" or "sparse-24-bitmask", whose masks and offsets count; None stores zeros too.
+        group: consecutive inputs that share a scale; 0 for one scale a row; None without scales.
+        scale_bits, zero_point_bits: of a group.
+    """
+    total = weights = 0.0
+    for rows, columns, nonzeros in layers:
+        weights += rows * columns
+        if sparse_format is None:
+            total += rows * columns * value_bits
+        else:
+            layout = find_format(sparse_format, "a reckoning").layout(rows, columns, nonzeros, torch.int8)
+            for part, (dtype, shape) in layout.items():
+                total += math.prod(shape) * (value_bits if part == "compressed" else 8 * dtype.itemsize)
+        if group is not None:
+            total += rows * math.ceil(columns / (group or columns)) * (scale_bits + zero_point_bits)
+    if not weights:
+        raise EfxError("there are no target layers to count the bits of: pass a model with linear decoder blocks")
+    return total / weights
+
+
+def stored(directory: Path) -> float:
+    """Bits per weight on disk, over the weights of a checkpoint that are compressed or quantized.
+
+    Raises:
+        EfxError: none of its weights is, or a file is corrupt.
+    """
+    index = safetensors_file.read_index(directory)
+    layers = _layers(directory, index)
+    bits = sum(8 * index[name].nbytes for layer in layers for name in layer.tensors)
+    return bits / sum(layer.weights for layer in layers)
+
+
+def served(directory: Path) -> float:
+    """Bits per weight in vLLM's memory, over the same weights: packed by the kernel that this machine takes for each;
+    what is quantized and not sparse is served as it is stored.
+
+    Raises:
+        EfxError: none of its weights is compressed or quantized, no kernel takes a weight, or a file is corrupt.
+    """
+    config, index = read_config(directory), safetensors_file.read_index(directory)
+    scheme = quantized.of_config(config, directory)
+    activations = scheme is not None and any(group.input_activations for group in scheme.config_groups.values())
+    layers = _layers(directory, index)
+    bits = 0
+    for layer in layers:
+        if not layer.parts:
+            bits += sum(8 * index[name].nbytes for name in layer.tensors)
+            continue
+        weight = expand_weight(directory, index, layer.parts, read_sparsity_config(directory)["format"])
+        scales = index.get(f"{layer.module}.weight_scale")
+        if scales is None:
+            packed = pack(weight)
+        else:
+            read = safetensors_file.read_tensor(directory, scales)
+            packed = pack(weight, scales=read.float().flatten(), dtype=read.dtype, quantize_activations=activations)
+        bits += sum(8 * tensor.numel() * tensor.element_size() for tensor in packed.tensors)
+    return bits / sum(layer.weights for layer in layers)
+
+
+class _StoredLayer(NamedTuple):
+    module: str
+    parts: dict[str, str]  # names of the tensors of a sparse weight by part; empty for one that is not sparse
+    tensors: list[str]  # names of all tensors of the weight, scales included
+    weights: int  # zeros included
+
+
+def _layers(directory: Path, index: dict[str, safetensors_file.StoredTensor]) -> list[_StoredLayer]:
+    """The layers whose weights are compressed or quantized."""
+    sparse = group_parts(index)
+    layout = read_dense_layout(directory) if sparse else {name: (one.dtype, one.shape) for name, one in index.items()}
+    scaled = [name.rpartition(".")[0] for name in index if name.endswith((f".{_PACKED}", ".weight_scale"))]
+    layers = []
+    for module in dict.fromkeys([*(weight.removesuffix(".weight") for weight in sparse), *scaled]):
+        parts = sparse.get(f"{module}.weight", {})
+        names = [*parts.values(), *(f"{module}.{part}" for part in ("weight", _PACKED, *_SCALES))]
+        if f"{module}.weight" in layout:
+            weights = math.prod(layout[f"{module}.weight"][1])
+        else:
+            weights = int(safetensors_file.read_tensor(directory, index[f"{module}.weight_shape"]).prod())
+        layers.append(_StoredLayer(module, parts, [name for name in names if name in index], weights))
+    if not layers:
+        raise EfxError(f"{directory} is dense: all of its weights take the bits of their dtype")
+    return layers
