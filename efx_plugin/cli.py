@@ -260,6 +260,23 @@ def serve(
     )
 
 
+@app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
+def run(
+    command: Annotated[
+        list[str],
+        typer.Argument(metavar="-- COMMAND...", help="A console script, `python -m MODULE` or `python FILE`."),
+    ],
+    debug: DebugOption = False,
+) -> None:
+    """Run another Python program with the plugin imported first, so that it reads sparse checkpoints.
+
+    Example: efx run -- lm_eval --model hf --model_args pretrained=./expert --tasks arc_easy
+    """
+    from efx_plugin.run import run
+
+    run(command)
+
+
 def _show_summary(summary: "Summary", verified: bool) -> None:
     table = Table(title=summary.directory, show_header=False)
     for name, value in (
