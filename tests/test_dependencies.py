@@ -22,7 +22,7 @@ EXTRAS = {
     "serving": "serve",
     "training": "compress",
 }
-PROJECTS_OF_MODULES = {"yaml": "pyyaml"}
+PROJECTS_OF_MODULES = {"yaml": "pyyaml", "cuda": "torch"}  # torch for CUDA requires cuda-bindings
 PARTS = sorted(path for path in (ROOT / "efx_plugin").iterdir() if path.suffix == ".py" or path.is_dir())
 
 
