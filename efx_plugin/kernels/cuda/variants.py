@@ -1,7 +1,7 @@
 """What is compiled from sparse_linear.cu, and how it is launched: macros, symbols, grids, shared memory and arguments.
 
-Two kernels work on the records of `layout`. Both take weights whose number of columns is a multiple of 8: for others
-the caller pads the activations with columns of zeros up to it, and so the rows of `dense`; the records are the same.
+Two kernels work on the records of `layout`. Both take whole tiles of 64 columns: where a weight has others, the caller
+pads the activations with columns of zeros up to it, and so the rows of `dense`; the records are the same.
 
 `decode`: y = x W^T + bias for up to 64 tokens, straight from the records. A token's result is the same, to the bit, for
 every number of tokens, hence for every variant. Arguments, in this order:
@@ -13,7 +13,7 @@ every number of tokens, hence for every variant. Arguments, in this order:
     y            [tokens, rows], contiguous
     tokens       int32, 1 to the variant's
     rows         int32
-    columns      int32, a multiple of 8
+    columns      int32, a multiple of 64
 
 `expand`: rows of W as a dense matrix. Arguments, in this order:
 
@@ -21,7 +21,7 @@ every number of tokens, hence for every variant. Arguments, in this order:
     dense             [rows, columns], contiguous, at a multiple of 16 bytes
     first_row         int32, a multiple of 16: the row of W that comes first
     rows              int32, how many
-    columns           int32, a multiple of 8
+    columns           int32, a multiple of 64
 """
 
 from dataclasses import dataclass
