@@ -66,6 +66,67 @@ def read_documents(named: str) -> Iterator[Document]:
     return _explained(path, readers[kind_of_data(path)])
 
 
+def content_of(document: Document, text_field: str | None = None) -> str | list[dict[str, Any]]:
+    """The text of a record, or its messages.
+
+    Of each record the field `text` is taken; else `messages`, a conversation; else `prompt` and `completion`, both
+    text, which are joined, or both messages.
+
+    Args:
+        text_field: the field to take in place of those, text or messages.
+
+    Raises:
+        EfxError: the record has no such field, or something else in it.
+    """
+    content: Any = _field(document, text_field)
+    if isinstance(content, list) and content and all(isinstance(one, dict) for one in content):
+        _check_messages(content, document)
+    elif not isinstance(content, str):
+        raise EfxError(f"the text in {document.place} is {describe(content)}: make it text, or leave the record out")
+    result: str | list[dict[str, Any]] = content
+    return result
+
+
+def _field(document: Document, text_field: str | None) -> Any:
+    fields = document.fields
+    if text_field is not None:
+        if text_field not in fields:
+            raise EfxError(f"{document.place} has no field `{text_field}`, only {_names(fields)}: name one of these")
+        return fields[text_field]
+    if "text" in fields:
+        return fields["text"]
+    if "messages" in fields:
+        return fields["messages"]
+    if "prompt" in fields and "completion" in fields:
+        prompt, completion = fields["prompt"], fields["completion"]
+        if type(prompt) is not type(completion) or not isinstance(prompt, str | list):
+            raise EfxError(
+                f"prompt and completion in {document.place} are {describe(prompt)} and {describe(completion)}: "
+                "make both of them text, or lists of messages"
+            )
+        return prompt + completion
+    raise EfxError(
+        f"{document.place} has no field `text`, `messages` or `prompt` and `completion`, only {_names(fields)}: name "
+        "the one that holds the text with --text-field"
+    )
+
+
+def _check_messages(messages: list[dict[str, Any]], document: Document) -> None:
+    for message in messages:
+        if not isinstance(message.get("role"), str) or not (
+            isinstance(message.get("content"), str | list) or message.get("tool_calls")
+        ):
+            raise EfxError(
+                f"a message in {document.place} has no role and content, only {_names(message)}: write it as "
+                '{"role": "user", "content": "..."}'
+            )
+
+
+def _names(fields: dict[str, Any]) -> str:
+    """The names of the fields that hold anything."""
+    return ", ".join(str(name) for name, value in fields.items() if value is not None) or "none at all"
+
+
 def _explained(path: Path, read: Callable[[BufferedIOBase, Path], Iterator[Document]]) -> Iterator[Document]:
     empty = True
     try:

@@ -40,7 +40,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Data:
-    """The text of a domain, in files with a JSON record a line; see `efx_plugin.evaluate.data`, which writes them.
+    """The text of a domain, in files with a JSON record a line; `efx_plugin.evaluate.data` writes them.
 
     Attributes:
         name: what tables call the domain.
@@ -50,7 +50,6 @@ class Data:
         length: tokens of a calibration, training or evaluation sequence.
         training_tokens: tokens that a trained pipeline sees in all.
         heldout_tokens: tokens at most that a corpus is evaluated on: its first documents.
-        text_field: the field of a record that holds the text; None for the usual names, see `calibration_set`.
     """
 
     name: str
@@ -61,7 +60,6 @@ class Data:
     length: int = 512
     training_tokens: int = 100_000
     heldout_tokens: int = 50_000
-    text_field: str | None = None
 
 
 @dataclass(frozen=True)
