@@ -21,11 +21,15 @@ class Kernel(Protocol):
     def summary(self) -> str:
         """What it does and how fast, a phrase for the log."""
 
+    @property
+    def device(self) -> str | None:
+        """The type of the devices that it runs on, "cpu" or "cuda"; None if it runs on any."""
+
     def obstacle(self, weight: Tensor, dtype: torch.dtype, scales: Tensor | None) -> str | None:
         """Why it cannot take the weight here, a clause without a full stop; None if it can.
 
         Args:
-            weight: [out, in], floating point or int8, on the device where it will be used.
+            weight: [out, in], floating point or int8, on the device where it will be used, which is of the type above.
             dtype: of activations and result.
             scales: float32 [out] of an int8 weight, else None.
         """

@@ -15,6 +15,7 @@ from torch import Tensor
 class ReferenceKernel:
     name = "reference"
     summary = "weights expanded to dense once at load: tokens as dense, no gain in memory or speed"
+    device = None
 
     def obstacle(self, weight: Tensor, dtype: torch.dtype, scales: Tensor | None) -> None:
         """It takes every weight."""

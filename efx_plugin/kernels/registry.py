@@ -12,10 +12,11 @@ from torch import Tensor
 
 from efx_plugin.errors import EfxError
 from efx_plugin.kernels import native, reference
+from efx_plugin.kernels.cuda import kernel as cuda
 from efx_plugin.kernels.protocol import Kernel
 
-# The first without an obstacle is taken; the last has none.
-KERNELS: tuple[Kernel, ...] = (*native.KERNELS, reference.KERNEL)
+# Of those for the device the first without an obstacle is taken; the last has none.
+KERNELS: tuple[Kernel, ...] = (*native.KERNELS, cuda.KERNEL, reference.KERNEL)
 
 
 class Choice(NamedTuple):
@@ -37,8 +38,10 @@ def choose(weight: Tensor, dtype: torch.dtype, scales: Tensor | None) -> Choice:
     """
     if forced := os.environ.get("EFX_KERNEL"):
         return Choice(_forced(forced, weight, dtype, scales), f"EFX_KERNEL={forced} is set")
-    reason = None
-    for kernel in KERNELS:
+    device = weight.device.type
+    fit = [kernel for kernel in KERNELS if kernel.device in (device, None)]
+    reason = None if any(kernel.device for kernel in fit) else f"there is no sparse kernel for {device} devices"
+    for kernel in fit:
         obstacle = kernel.obstacle(weight, dtype, scales)
         if obstacle is None:
             return Choice(kernel, reason)
@@ -47,7 +50,13 @@ def choose(weight: Tensor, dtype: torch.dtype, scales: Tensor | None) -> Choice:
 
 
 def _forced(name: str, weight: Tensor, dtype: torch.dtype, scales: Tensor | None) -> Kernel:
-    obstacles = {kernel.name: kernel.obstacle(weight, dtype, scales) for kernel in KERNELS}
+    device = weight.device.type
+    obstacles = {
+        kernel.name: f"that kernel runs on {kernel.device} devices, and the weights are on a {device} device"
+        if kernel.device not in (device, None)
+        else kernel.obstacle(weight, dtype, scales)
+        for kernel in KERNELS
+    }
     if name not in obstacles:
         raise EfxError(f"EFX_KERNEL={name} is no kernel: choose one of {', '.join(obstacles)}")
     if obstacles[name] is not None:

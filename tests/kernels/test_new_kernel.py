@@ -13,6 +13,7 @@ class CoordinateKernel:
 
     name = "toy-coordinates"
     summary = "torch's sparse product"
+    device = None
 
     def obstacle(self, weight: Tensor, dtype: torch.dtype, scales: Tensor | None) -> str | None:
         return None if weight.shape[0] == weight.shape[1] else "toy-coordinates takes square weights only"

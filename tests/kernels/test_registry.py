@@ -76,6 +76,27 @@ def test_without_the_library_the_reference_serves_and_says_what_to_do(monkeypatc
         pack(sparse_weight())
 
 
+def test_a_device_without_a_kernel_of_its_own_gets_the_reference(monkeypatch):
+    weight = sparse_weight().to("meta")
+    packed = pack(weight)
+    assert packed.kernel == "reference"
+    assert kernel_summary(packed).endswith("; there is no sparse kernel for meta devices")
+    monkeypatch.setenv("EFX_KERNEL", "portable")
+    with pytest.raises(
+        EfxError, match=r"=portable, but that kernel runs on cpu devices, and the weights are on a meta"
+    ):
+        pack(weight)
+
+
+def test_the_kernel_for_gpus_is_refused_on_a_cpu(monkeypatch):
+    assert "cuda" not in kernel_summary(pack(sparse_weight()))
+    monkeypatch.setenv("EFX_KERNEL", "cuda")
+    available = ", ".join([*SUPPORTED, "reference"])
+    expected = "that kernel runs on cuda devices, and the weights are on a cpu device: unset it, or choose one of"
+    with pytest.raises(EfxError, match=f"^EFX_KERNEL=cuda, but {expected} {available}$"):
+        pack(sparse_weight())
+
+
 def wide_int8() -> dict:
     weight = torch.zeros(1, native.MOST_INT8_COLUMNS + 1, dtype=torch.int8)
     return {"weight": weight, "scales": torch.ones(1), "dtype": torch.bfloat16}
@@ -90,7 +111,6 @@ def wide_int8() -> dict:
         ({"weight": torch.full((4, 4), 1 / 3)}, "float32 values that bfloat16 cannot hold"),
         ({"weight": torch.empty(0, 4).bfloat16()}, "the weight is empty"),
         ({"weight": torch.empty(4, 0).bfloat16()}, "the weight is empty"),
-        ({"weight": sparse_weight().to("meta")}, "no sparse kernel for meta devices"),
         (wide_int8(), "more than 65536 int8 weights"),
     ],
 )

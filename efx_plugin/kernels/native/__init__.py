@@ -57,6 +57,8 @@ class NativeKernel:
         index: the module's number of the instruction set.
     """
 
+    device = "cpu"
+
     def __init__(self, name: str, library: ModuleType | None, index: int) -> None:
         self.name = name
         self.summary = SUMMARIES[name]
@@ -66,9 +68,7 @@ class NativeKernel:
         self._linear: Any = None if library is None else library.efx_linear
 
     def obstacle(self, weight: Tensor, dtype: torch.dtype, scales: Tensor | None) -> str | None:
-        """Why the weight [out, in] cannot be packed: its device, dtypes or values, or what this machine lacks."""
-        if weight.device.type != "cpu":
-            return f"there is no sparse kernel for {weight.device.type} devices"
+        """Why the weight [out, in] cannot be packed: its dtypes or values, or what this machine lacks."""
         if self.library is None:
             return (
                 "efx-plugin was installed without a C++ compiler: install g++ and run "

@@ -1,0 +1,125 @@
+"""A GPU that is none: what is launched on it is computed by torch, on tensors of the CPU.
+
+It stands below `efx_plugin.kernels.cuda.driver.Function`, so that all above it runs as it does on a GPU.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from efx_plugin.kernels.cuda import buffer, kernel, layout, program, variants
+
+
+class Launched(NamedTuple):
+    """`numbers` are those of the arguments that are int."""
+
+    symbol: str
+    stream: int
+    grid: int
+    block: int
+    shared_bytes: int
+    numbers: tuple[int, ...]
+
+
+class Stream:
+    def __init__(self, address: int, gpu: "FakeGpu") -> None:
+        self.cuda_stream = address
+        self.gpu = gpu
+
+    def wait_event(self, event: "Event") -> None:
+        self.gpu.waits.append((self.cuda_stream, event.stream))
+
+
+class Event:
+    stream: int | None = None
+
+    def record(self, stream: Stream) -> None:
+        self.stream = stream.cuda_stream
+
+
+class FakeGpu:
+    """One device.
+
+    Attributes:
+        capability: its compute capability.
+        stream: the current one.
+        is_capturing: whether it is being captured.
+        compiled: macros of each compilation.
+        loaded: symbol and allowed shared memory of each function.
+        launched: what has been launched, in order.
+        waits: which stream waits for which.
+    """
+
+    def __init__(self) -> None:
+        self.capability = (9, 0)
+        self.stream = Stream(0xABC, self)
+        self.is_capturing = False
+        self.compiled: list[dict[str, int]] = []
+        self.loaded: list[tuple[str, int]] = []
+        self.launched: list[Launched] = []
+        self.waits: list[tuple[int, int]] = []
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        """Let the kernel find this device in the place of the CPU."""
+        patch.setattr(variants, "source", lambda: "")
+        patch.setattr(program, "cached_cubin", self._compile)
+        patch.setattr(kernel, "Function", lambda *arguments: Function(self, *arguments))
+        for name, value in {
+            "get_device_capability": lambda device: self.capability,
+            "current_device": lambda: None,  # the index of torch.device("cpu")
+            "current_stream": lambda device: self.stream,
+            "is_current_stream_capturing": lambda: self.is_capturing,
+            "Event": Event,
+        }.items():
+            patch.setattr(torch.cuda, name, value)
+        for made_once in (kernel.loaded, buffer.panel_buffer):
+            made_once.cache_clear()
+
+    def _compile(self, source: str, name: str, defines: dict[str, int], arch: str) -> bytes:
+        self.compiled.append(defines)
+        return arch.encode()
+
+
+class Function:
+    """In the place of `driver.Function`."""
+
+    def __init__(self, gpu: FakeGpu, cubin: bytes, symbol: str, shared_bytes: int, device: int | None) -> None:
+        assert cubin == b"sm_%d%d" % gpu.capability
+        gpu.loaded.append((symbol, shared_bytes))
+        self.gpu, self.symbol, self.allowed = gpu, symbol, shared_bytes
+
+    def launch(
+        self, grid: int, block: int, shared_bytes: int, stream: int, arguments: Sequence[Tensor | int | None]
+    ) -> None:
+        assert shared_bytes <= self.allowed
+        numbers = tuple(one for one in arguments if isinstance(one, int))
+        self.gpu.launched.append(Launched(self.symbol, stream, grid, block, shared_bytes, numbers))
+        with _disable_current_modes(), torch.no_grad():  # a device's work is none of the host's
+            {"efx_decode": _decode, "efx_expand": _expand}[self.symbol](*arguments)
+
+
+def _decode(
+    x: Tensor, starts: Tensor, records: Tensor, bias: Tensor | None, y: Tensor, tokens: int, rows: int, columns: int
+) -> None:
+    _expect(x, (tokens, columns))
+    _expect(y, (tokens, rows))
+    assert columns % layout.TILE_COLUMNS == 0 and 1 <= tokens <= variants.MOST_TOKENS_DECODED
+    weight = layout.unpack(starts, records, rows, columns, x.dtype)
+    exact = x.double() @ weight.double().T
+    y.copy_(exact if bias is None else exact + bias.double())
+
+
+def _expand(starts: Tensor, records: Tensor, dense: Tensor, first: int, rows: int, columns: int) -> None:
+    _expect(dense, (rows, columns))
+    assert columns % layout.TILE_COLUMNS == 0 and first % layout.TILE_ROWS == 0
+    wide = layout.tiles_of(rows, columns)[1]
+    own = starts[first // layout.TILE_ROWS * wide :]
+    dense.copy_(layout.unpack(own, records, rows, columns, dense.dtype))
+
+
+def _expect(tensor: Tensor, shape: tuple[int, int]) -> None:
+    assert tensor.shape == shape and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
