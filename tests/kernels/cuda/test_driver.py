@@ -15,7 +15,9 @@ import torch
 from efx_plugin.kernels.cuda.driver import Function
 tensor = torch.zeros(4)
 print(hex(tensor.data_ptr()))
-Function(b"\\x7fELF...", "efx", 70_000).launch(12, 256, 69_632, 0xABC, [tensor, None, 2**31 - 1, -5])
+function = Function(b"\\x7fELF...", "efx", 70_000, 3)
+for stream in (0, 0xABC):
+    function.launch(12, 256, 69_632, stream, [tensor, None, 2**31 - 1, -5])
 """
 
 pytestmark = pytest.mark.skipif(CC is None, reason="needs gcc")
@@ -40,15 +42,19 @@ def test_a_function_is_loaded_with_its_shared_memory_and_launched_with_its_argum
     assert result.returncode == 0, result.stderr
     address, *calls = result.stdout.splitlines()
     assert calls == [
-        "load \x7fELF",
+        "retain 3",
+        "load \x7fELF in 0xc0",
         "function 0x11 efx",
         "set 0x22 8 70000",  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         "get 0x22 4",  # CU_FUNC_ATTRIBUTE_NUM_REGS
+        "current 0xc0",  # of a thread that had no context
+        f"launch 0x22 12,1,1 256,1,1 69632 (nil) {address} (nil) 2147483647 -5 (nil)",
         f"launch 0x22 12,1,1 256,1,1 69632 0xabc {address} (nil) 2147483647 -5 (nil)",
     ]
 
 
-def test_what_the_driver_refuses_is_an_error(driver):
-    result = run(driver, STUB_STATUS="2")
+@pytest.mark.parametrize("function", ["cuDevicePrimaryCtxRetain", "cuModuleLoadData", "cuLaunchKernel"])
+def test_what_the_driver_refuses_is_an_error(driver, function):
+    result = run(driver, STUB_REFUSES=function)
     assert result.returncode != 0
-    assert result.stderr.endswith("the CUDA driver answers cuModuleLoadData with CUDA_ERROR_OUT_OF_MEMORY\n")
+    assert result.stderr.endswith(f"the CUDA driver answers {function} with CUDA_ERROR_OUT_OF_MEMORY\n")
