@@ -124,7 +124,7 @@ def restore(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
     quantized = {
         f"{name}.weight"
         for name, module in model.named_modules()
-        if _round_scale(module, dtypes.get(_plain(f"{name}.weight"), usual))
+        if round_scale(module, dtypes.get(_plain(f"{name}.weight"), usual))
     }
     for name, tensor in _weights(model):
         wanted = dtypes.get(_plain(name), usual)
@@ -176,8 +176,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def _round_scale(module: nn.Module, dtype: torch.dtype) -> bool:
-    """Quantize a weight with the scale that it was calibrated with, and give its bytes the rounded scale.
+def round_scale(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Quantize a layer's weight with the scale that it was calibrated with, and give its bytes that scale in `dtype`.
 
     Returns:
         Whether it is quantized. Such a weight stays in float32, which holds every product of a byte and a scale.

@@ -1,0 +1,183 @@
+"""The model with its adapter, quantized by llm-compressor: what users pick instead of pruning, and what they may add.
+
+Weights are quantized by GPTQ, symmetrically. What comes out is a plain model that computes with the stored integers
+times their scales; where activations are quantized too, it rounds them as it goes.
+"""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from llmcompressor.modifiers.gptq import GPTQModifier
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from efx_plugin.checkpoint import save_sparse
+from efx_plugin.engine.compute_dtype import restore, round_scale
+from efx_plugin.evaluate import bits
+from efx_plugin.evaluate.pipelines.arguments import take_arguments
+from efx_plugin.evaluate.pipelines.draft import Draft
+from efx_plugin.evaluate.pipelines.one_shot import expert_modifier
+from efx_plugin.evaluate.pipelines.protocol import PipelineResult, PipelineTask
+
+# Tried in turn where the group that is asked for does not divide the inputs of a layer.
+_SMALLER_GROUPS = (64, 32, 16)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What weights, and perhaps activations, are rounded to.
+
+    Attributes:
+        bits: of a weight.
+        group: weights of a row that share a scale; None for the whole row.
+        activations: bits of an activation, of which each token has a scale; None leaves them alone.
+    """
+
+    bits: int
+    group: int | None = None
+    activations: int | None = None
+
+    def group_of(self, width: int) -> int | None:
+        """The group in a layer with that many inputs: the first that divides them, else the whole row."""
+        groups = [] if self.group is None else [self.group, *(size for size in _SMALLER_GROUPS if size < self.group)]
+        return next((size for size in groups if width % size == 0), None)
+
+    def scheme(self, group: int | None, targets: list[str]) -> QuantizationScheme:
+        """The same in the words of compressed-tensors."""
+        weights = QuantizationArgs(
+            num_bits=self.bits, strategy="channel" if group is None else "group", group_size=group
+        )
+        inputs = None
+        if self.activations is not None:
+            inputs = QuantizationArgs(num_bits=self.activations, strategy="token", dynamic=True)
+        return QuantizationScheme(targets=targets, weights=weights, input_activations=inputs)
+
+
+def w8a8(task: PipelineTask) -> PipelineResult:
+    """8-bit weights, a scale for each row; 8-bit activations, a scale for each token."""
+    take_arguments(task)
+    return _quantize(task, Precision(8, activations=8))
+
+
+def w8a16(task: PipelineTask) -> PipelineResult:
+    """8-bit weights, a scale for each row."""
+    take_arguments(task)
+    return _quantize(task, Precision(8))
+
+
+def w4a16(task: PipelineTask) -> PipelineResult:
+    """4-bit weights in groups; takes `group`, 128 where it is not given."""
+    return _quantize(task, Precision(4, **take_arguments(task, group=128)))
+
+
+def w3(task: PipelineTask) -> PipelineResult:
+    """3-bit weights in groups, simulated; takes `group`, 128 where it is not given."""
+    note = "simulated: a checkpoint with 3-bit weights can be written, but vLLM has no kernel that serves it"
+    return _quantize(task, Precision(3, **take_arguments(task, group=128)), note)
+
+
+def expert_w8(task: PipelineTask) -> PipelineResult:
+    """Pruned as by `one_shot.expert`, whose arguments it takes; 8-bit weights, a scale for each row."""
+    return _quantize(task, Precision(8), pruned=True)
+
+
+def expert_w4(task: PipelineTask) -> PipelineResult:
+    """Pruned as by `one_shot.expert`, whose arguments it takes; 4-bit weights in groups of 128."""
+    return _quantize(task, Precision(4, 128), pruned=True)
+
+
+def _quantize(task: PipelineTask, precision: Precision, *notes: str, pruned: bool = False) -> PipelineResult:
+    draft = Draft.load(task, adapted=True)
+    dense = draft.keep_dense()
+    model = draft.merge()
+    quantizer = GPTQModifier(config_groups=_config_groups(draft, precision))
+    pruner = expert_modifier(draft) if pruned else None
+    draft.calibrate(*([quantizer] if pruner is None else [pruner, quantizer]))
+    # What is rounded to zero is not pruned.
+    sparsities = {layer.name: layer.sparsity for layer in pruner.report} if pruner else {}
+
+    for layer in draft.targets:
+        round_scale(layer.base, draft.stored)
+    restore(model, draft.dtypes)
+    weights = {layer.name: layer.base.weight.detach() for layer in draft.targets}
+    checkpoint = task.output / "checkpoint"
+    sparse = pruned and precision.bits == 8  # no format stores smaller values sparsely
+    if sparse:
+        save_sparse(model, checkpoint, progress=False)
+    else:
+        model.save_pretrained(checkpoint)
+    plain = _plain(model, weights, precision)
+
+    damage = dense.damage(plain, task.calibration)
+    layers = [{"name": name, "sparsity": sparsities.get(name, 0.0), "damage": damage[name]} for name in weights]
+    sizes = {name: weight.numel() for name, weight in weights.items()}
+    return PipelineResult(
+        plain,
+        sparsity=sum(sparsities.get(name, 0.0) * size for name, size in sizes.items()) / sum(sizes.values()),
+        bits_per_weight_stored=bits.stored(checkpoint),
+        bits_per_weight_served=bits.served(checkpoint),
+        layers=layers,
+        notes=[*notes, *_notes(plain, precision, reckon=pruned and not sparse)],
+    )
+
+
+def _config_groups(draft: Draft, precision: Precision) -> dict[str, QuantizationScheme]:
+    names = defaultdict[int | None, list[str]](list)
+    for layer in draft.targets:
+        names[precision.group_of(layer.base.in_features)].append(layer.name)
+    return {f"group_{index}": precision.scheme(*group) for index, group in enumerate(names.items())}
+
+
+def _plain(model: PreTrainedModel, weights: dict[str, Tensor], precision: Precision) -> PreTrainedModel:
+    """The model with plain layers of those weights, in float32, which holds every product of an integer and a scale."""
+    for name, weight in weights.items():
+        quantized: Any = model.get_submodule(name)
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=quantized.bias is not None, device="meta")
+        linear.weight, linear.bias = nn.Parameter(weight), quantized.bias
+        if precision.activations is not None:
+            inputs = precision.scheme(None, []).input_activations
+            linear.register_forward_pre_hook(partial(_round_inputs, inputs))
+        model.set_submodule(name, linear)
+    vars(model).pop("save_pretrained")  # llm-compressor's, which would look for quantized layers
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    plain: PreTrainedModel = model.float().eval()
+    return plain
+
+
+def _round_inputs(precision: QuantizationArgs, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    scale, zero_point = compute_dynamic_scales_and_zp(args[0], precision, module)
+    return fake_quantize(args[0], scale, zero_point, precision), *args[1:]
+
+
+def _notes(model: PreTrainedModel, precision: Precision, *, reckon: bool) -> list[str]:
+    notes = []
+    groups = Counter(precision.group_of(size.columns) for size in bits.sizes(model))
+    if set(groups) != {precision.group}:
+        parts = [f"{'whole rows' if group is None else group} in {count} layers" for group, count in groups.items()]
+        notes.append(f"groups of {precision.group} do not divide the inputs of every layer: {', '.join(parts)}")
+    if precision.activations is not None:
+        notes.append(f"activations are rounded to {precision.activations} bits in evaluation, as they are when served")
+    if reckon:
+        notes.append(
+            f"no format stores {precision.bits}-bit weights sparsely, so its bits are those of a dense checkpoint: a "
+            f"bitmask over them would take {_reckoned(model, precision):.2f}, reckoned"
+        )
+    return notes
+
+
+def _reckoned(model: PreTrainedModel, precision: Precision) -> float:
+    """Bits per weight that a bitmask over the quantized values would take."""
+    total = weights = 0.0
+    for size in bits.sizes(model):
+        count = size.rows * size.columns
+        total += count * bits.reckon(
+            [size], precision.bits, sparse_format="sparse-bitmask", group=precision.group_of(size.columns) or 0
+        )
+        weights += count
+    return total / weights
