@@ -636,21 +636,23 @@ def test_a_file_that_the_system_does_not_let_grow_leaves_nothing(tmp_path, dense
 
 
 KILLED = """
-import os, pathlib, signal, sys, time
+import multiprocessing, pathlib, sys, time
 from efx_plugin.checkpoint import export_checkpoint, expand
 
 source, parent = sys.argv[1], pathlib.Path(sys.argv[2])
-export_checkpoint(source, parent / "first")  # what is imported on the way is imported once
+# Forked from a process that has imported what they need and runs no thread: a lock held by one would stay locked.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["efx_plugin.checkpoint.writer", "transformers.models.llama.modeling_llama"])
 
 def start(name):
-    child = os.fork()
-    if child == 0:
-        export_checkpoint(source, parent / name, max_shard_size="300KB", progress=False)
-        os._exit(0)
+    arguments = {"max_shard_size": "300KB", "progress": False}
+    child = context.Process(target=export_checkpoint, args=(source, parent / name), kwargs=arguments)
+    child.start()
     return child
 
+start("first").join()  # the server has imported by then
 began = time.monotonic()
-os.waitpid(start("whole"), 0)
+start("whole").join()
 took = time.monotonic() - began
 whole = {name: tensor for name, tensor in expand(parent / "whole")}
 
@@ -658,15 +660,15 @@ complete = 0
 for moment in range(10):
     child = start("killed")
     time.sleep(took * (moment + 0.5) / 9)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    child.kill()
+    child.join()
     if (parent / "killed").exists():
         found = dict(expand(parent / "killed"))
         assert found.keys() == whole.keys()
         assert all((found[name] == whole[name]).all() for name in whole)
         complete += 1
         (parent / "killed").rename(parent / f"complete{moment}")
-os.waitpid(start("killed"), 0)
+start("killed").join()
 assert (parent / "killed").is_dir()
 print(complete, len(list(parent.glob(".*.incomplete"))))
 """
