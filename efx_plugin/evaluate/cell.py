@@ -5,6 +5,7 @@ Nothing here imports torch.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -75,6 +76,7 @@ class Cell:
         seed: of the choice of calibration sequences and of all that is random in the pipeline.
         data: the text.
         tasks: names of lm-eval tasks to score.
+        task_data: folder with the data of those that read local files; None where none does.
         arguments: further arguments of the pipeline, as pairs sorted by name; values are those of JSON.
     """
 
@@ -86,6 +88,7 @@ class Cell:
     data: Data
     mask_structure: str = "0:0"
     tasks: tuple[str, ...] = ()
+    task_data: Path | None = None
     arguments: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -113,6 +116,7 @@ class Cell:
                 "heldout": [[one.name, file_hash(one.path)] for one in self.data.heldout],
             },
             "tasks": self.tasks,
+            "task_data": None if self.task_data is None else _directory_hash(self.task_data),
             "arguments": self.arguments,
             "versions": versions(),
         }
@@ -139,6 +143,7 @@ class Cell:
                 "adapter": None if value["adapter"] is None else Path(value["adapter"]),
                 "data": data,
                 "tasks": tuple(value["tasks"]),
+                "task_data": None if value["task_data"] is None else Path(value["task_data"]),
                 "arguments": tuple((name, argument) for name, argument in value["arguments"]),
             }
         )
@@ -155,6 +160,11 @@ class CorpusLosses:
 
     losses: list[float]
     tokens: list[int]
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss over all tokens."""
+        return math.exp(math.fsum(self.losses) / sum(self.tokens))
 
 
 @dataclass(frozen=True)
@@ -230,6 +240,6 @@ def _hash(path: Path, _size: int, _changed: int) -> str:
 
 
 def _directory_hash(directory: Path) -> dict[str, str]:
-    """Hashes of the files of a model or an adapter, by name; hidden files and folders do not count."""
+    """Hashes of the files of a folder, by name; hidden files and folders do not count."""
     files = (path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith("."))
     return {path.name: file_hash(path) for path in files}

@@ -28,7 +28,7 @@ def first_tokens(documents: Iterable[list[int]], limit: int) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def corpus_losses(model: Any, documents: list[list[int]], length: int) -> CorpusLosses:
+def corpus_losses(model: Any, documents: list[list[int]], length: int, start: int | None = None) -> CorpusLosses:
     """The negative log-likelihood of every document, cut into windows, of whose tokens all but the first are predicted.
 
     Args:
@@ -36,15 +36,13 @@ def corpus_losses(model: Any, documents: list[list[int]], length: int) -> Corpus
             likelihood is computed in float32.
         documents: token ids.
         length: tokens of a window at most.
+        start: the token that every window begins with, see `start_of_text`.
 
     Raises:
         EfxError: a likelihood is no number.
     """
     windows = [
-        (number, document[begin : begin + length])
-        for number, document in enumerate(documents)
-        for begin in range(0, len(document), length)
-        if len(document) - begin > 1
+        (number, window) for number, document in enumerate(documents) for window in _windows(document, length, start)
     ]
     losses, tokens = [0.0] * len(documents), [0] * len(documents)
     for batch in _batches(windows):
@@ -62,9 +60,13 @@ def corpus_losses(model: Any, documents: list[list[int]], length: int) -> Corpus
     return CorpusLosses(losses, tokens)
 
 
-def perplexity(losses: CorpusLosses) -> float:
-    """exp of the mean loss over all tokens."""
-    return math.exp(math.fsum(losses.losses) / sum(losses.tokens))
+def _windows(document: list[int], length: int, start: int | None) -> Iterator[list[int]]:
+    head = [] if start is None else [start]
+    body = document[1:] if document[:1] == head else document
+    for begin in range(0, len(body), length - len(head)):
+        window = head + body[begin : begin + length - len(head)]
+        if len(window) > 1:
+            yield window
 
 
 def _batches(windows: list[tuple[int, list[int]]]) -> Iterator[list[tuple[int, list[int]]]]:

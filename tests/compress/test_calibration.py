@@ -54,6 +54,13 @@ def test_documents_have_the_special_tokens_of_the_tokenizer(tmp_path, make, expe
     assert found["attention_mask"] == [[1] * len(expected)]
 
 
+def test_every_sequence_begins_with_the_beginning_of_text(tmp_path):
+    """Models that were trained with that token are at a loss in the middle of a text without it."""
+    records = [{"text": "t5 t6 t7 t8"}, {"text": "t9"}]
+    found = sequences(tmp_path, records, with_beginning(), samples=3, length=3)
+    assert found["input_ids"] == [[BEGIN, 5, 6], [BEGIN, 7, 8], [BEGIN, END, BEGIN]]
+
+
 def test_an_end_that_the_tokenizer_adds_itself_is_not_doubled(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])

@@ -7,7 +7,7 @@ import torch
 
 from efx_plugin.errors import EfxError
 from efx_plugin.evaluate import perplexity as module
-from efx_plugin.evaluate.perplexity import corpus_losses, first_tokens, perplexity
+from efx_plugin.evaluate.perplexity import corpus_losses, first_tokens
 from tests.support.tiny_llama import tiny_llama
 
 
@@ -33,7 +33,16 @@ def test_losses_are_those_of_each_document_by_itself(documents, monkeypatch, bat
     losses = corpus_losses(model, documents, 16)
     assert losses.losses == pytest.approx([by_hand(model, document, 16) for document in documents], rel=1e-4)
     assert losses.tokens == [4, 37, 1, 15, 30, 15]
-    assert perplexity(losses) == pytest.approx(math.exp(sum(losses.losses) / 102))
+    assert losses.perplexity == pytest.approx(math.exp(sum(losses.losses) / 102))
+
+
+def test_every_window_begins_with_the_start_of_text(documents):
+    model = tiny_llama()
+    losses = corpus_losses(model, [[1, *document] for document in documents], 16, start=1)
+    windows = [[[1, *document[begin : begin + 15]] for begin in range(0, len(document), 15)] for document in documents]
+    assert losses.tokens == [len(document) for document in documents]
+    by_hands = [sum(by_hand(model, window, 16) for window in document) for document in windows]
+    assert losses.losses == pytest.approx(by_hands, rel=1e-4)
 
 
 def test_documents_are_taken_up_to_a_number_of_tokens():

@@ -1,0 +1,166 @@
+"""`python -m efx_plugin.evaluate.run_cell REQUEST.json RESULT.json`: one cell in a process of its own.
+
+REQUEST is a `Cell`. RESULT appears only when complete: the cell and its `CellResult`; beside it, RESULT with the ending
+.npz, a sample of the masks. Exit codes are those of `efx`, with one sentence as the last line on stderr.
+"""
+
+import contextlib
+import ctypes
+import io
+import json
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from efx_plugin import failures
+from efx_plugin.evaluate.cell import Cell, CellResult, CorpusLosses, versions
+from efx_plugin.evaluate.data import write_atomically
+from efx_plugin.evaluate.pipelines.protocol import PipelineTask
+from efx_plugin.evaluate.pipelines.registry import PIPELINES
+
+_SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
+
+
+def main() -> None:
+    """Entry point of the module."""
+    request, result = map(Path, sys.argv[1:])
+    _end_with_parent()
+    try:
+        cell = Cell.from_json(json.loads(request.read_text()))
+        found, masks = run(cell, result.parent)
+        write_atomically(result.with_suffix(".npz"), masks)
+        write_atomically(result, json.dumps({"cell": cell.as_json(), "result": found.as_json()}).encode())
+    except Exception as error:
+        traceback.print_exception(error)
+        print(f"efx: {failures.sentence(error)}", file=sys.stderr)
+        sys.exit(failures.exit_code(error))
+
+
+def run(cell: Cell, scratch: Path) -> tuple[CellResult, bytes]:
+    """Run the pipeline of a cell and evaluate what it made.
+
+    Args:
+        scratch: folder for a folder of temporary files.
+
+    Returns:
+        The result, and a sample of the masks as an .npz file.
+
+    Raises:
+        EfxError: the pipeline cannot run on these inputs, or what it made cannot be evaluated.
+    """
+    import numpy as np
+    import torch
+    import transformers
+
+    from efx_plugin.engine.compute_dtype import choose_for, computed_in
+    from efx_plugin.evaluate.mask_samples import sample
+    from efx_plugin.machine import cpu_name
+    from efx_plugin.model.loading import inspect_sources
+
+    tokenizer = inspect_sources(cell.model, cell.adapter).tokenizer()
+    notes: list[str] = []
+    data, pipeline = cell.data, PIPELINES[cell.pipeline]
+    calibration = _sequences(data.calibration, tokenizer, data.samples, data.length, cell.seed, "calibration", notes)
+    training: Any = torch.empty(0, data.length, dtype=torch.int64)
+    if pipeline.needs_training:
+        count = max(1, data.training_tokens // data.length)
+        training = _sequences(data.training, tokenizer, count, data.length, cell.seed, "training", notes)
+    transformers.set_seed(cell.seed)
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=".cell-") as output:
+        task = PipelineTask(
+            cell.model,
+            cell.adapter,
+            calibration,
+            training,
+            cell.sparsity,
+            cell.mask_structure,
+            cell.seed,
+            Path(output),
+            dict(cell.arguments),
+        )
+        started = time.monotonic()
+        made = pipeline.run(task)
+        seconds = time.monotonic() - started
+    peak, peak_accelerator = _peak_memory(), 0.0
+    machine = cpu_name()
+    model: Any = made.model.eval()
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+        peak_accelerator = torch.accelerator.max_memory_allocated() / 1e6
+        machine = (
+            torch.cuda.get_device_name() if torch.cuda.is_available() else str(torch.accelerator.current_accelerator())
+        )
+    masks = io.BytesIO()
+    np.savez(masks, allow_pickle=False, **(sample(model) if made.sparsity else {}))
+    started = time.monotonic()
+    dtype = choose_for(model).dtype
+    with computed_in(model, dtype):
+        corpora = dict(_losses(model, tokenizer, cell))
+    result = CellResult(
+        corpora=corpora,
+        tasks={},
+        sparsity=made.sparsity,
+        bits_per_weight_stored=made.bits_per_weight_stored,
+        bits_per_weight_served=made.bits_per_weight_served,
+        layers=made.layers,
+        notes=[*notes, *made.notes],
+        seconds=seconds,
+        seconds_evaluation=time.monotonic() - started,
+        peak_mb=peak,
+        peak_accelerator_mb=peak_accelerator,
+        compute_dtype=str(dtype).removeprefix("torch."),
+        machine=machine,
+        versions=versions(),
+    )
+    return result, masks.getvalue()
+
+
+def _sequences(path: Path, tokenizer: Any, samples: int, length: int, seed: int, purpose: str, notes: list[str]) -> Any:
+    """Token ids [sequences, length] of documents in an order that the seed decides; a note where they are fewer."""
+    from efx_plugin.compress.calibration import sequences, start_of_text, tokens_of
+    from efx_plugin.compress.documents import read_documents
+
+    documents = list(read_documents(str(path)))
+    random.Random(seed).shuffle(documents)
+    tokens, start = (tokens_of(one, tokenizer) for one in documents), start_of_text(tokenizer)
+    ids = sequences(tokens, samples, length, f"the {purpose} part", start=start, purpose=purpose)
+    if len(ids) < samples:
+        notes.append(f"the {purpose} part has text for {len(ids)} sequences of {length} tokens, not {samples}")
+    return ids
+
+
+def _losses(model: Any, tokenizer: Any, cell: Cell) -> Iterator[tuple[str, CorpusLosses]]:
+    from efx_plugin.compress.calibration import start_of_text, tokens_of
+    from efx_plugin.compress.documents import read_documents
+    from efx_plugin.evaluate.perplexity import corpus_losses, first_tokens
+
+    for corpus in cell.data.heldout:
+        documents = (tokens_of(one, tokenizer) for one in read_documents(str(corpus.path)))
+        taken = first_tokens(documents, cell.data.heldout_tokens)
+        yield corpus.name, corpus_losses(model, taken, cell.data.length, start_of_text(tokenizer))
+
+
+def _peak_memory() -> float:
+    """Largest resident memory of this process so far, in MB. That of getrusage would count what the parent had."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def _end_with_parent() -> None:
+    """Have the system end this process when its parent is gone: a killed comparison leaves nothing running. Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()
