@@ -20,7 +20,7 @@ from efx_plugin.engine.block_pruner import BlockPruner
 from efx_plugin.engine.blocks import allocate_over_blocks, layer_sparsities, plan_blocks
 from efx_plugin.engine.compute_dtype import warn_of_slow_dtype
 from efx_plugin.engine.distributed import gather_objects, world
-from efx_plugin.engine.fisher import Fisher, measure_fisher, obstacle_to_loss
+from efx_plugin.engine.fisher import Fisher, measure_fisher, no_layer_allocation, obstacle_to_loss
 from efx_plugin.engine.report import PrunedLayer, summary
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import LinearLayer, inner_model
@@ -129,7 +129,7 @@ class EfficientXpertModifier(PruningArguments, Modifier):
             except torch.OutOfMemoryError:
                 reason = "a backward pass through the model does not fit into memory"
         if self.allocation == "layer":
-            raise EfxError(f"{reason}, so allocation 'layer' cannot be measured: set allocation to 'matrix'")
+            raise no_layer_allocation(reason)
         logger.warning(f"{reason}, so propagation 'fisher' falls back to 'block'")
         return None
 

@@ -21,7 +21,6 @@ from efx_plugin.engine.decide import (
     compete_for_shares,
     decide,
     layer_scores,
-    needs_adapter,
 )
 from efx_plugin.engine.distributed import broadcast, world
 from efx_plugin.engine.memory import return_freed_memory
@@ -87,7 +86,7 @@ class BlockPruner:
             store: where decisions go.
 
         Raises:
-            EfxError: a layer saw no calibration data, its statistics are not finite, or it has no adapter to repair.
+            EfxError: a layer saw no calibration data, or its statistics are not finite.
         """
         evidence = self._calibration.finish()
         masks, sparsities = self._compete(evidence)
@@ -96,7 +95,7 @@ class BlockPruner:
         layers = self.plan.layers if progress is None else tqdm(self.plan.layers, desc=progress)
         for index, layer in enumerate(layers):
             found = evidence.pop(layer.name)
-            weight, adapter = effective_weight(layer), stacked_adapter(layer) if self._needs_adapter else None
+            weight, adapter = effective_weight(layer), stacked_adapter(layer) if self.arguments.uses_adapter else None
             keep = masks.pop(layer.name, None)
             owner = index % processes
             if rank == owner:
@@ -111,10 +110,6 @@ class BlockPruner:
             results.append(pruned_layer(layer.name, decision.keep, decision.errors))
         return_freed_memory()
         return results
-
-    @property
-    def _needs_adapter(self) -> bool:
-        return needs_adapter(self.arguments)
 
     def _compete(self, evidence: Mapping[str, Evidence]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Masks where matrices compete for every entry, and sparsities, which they may compete for as well."""

@@ -170,6 +170,11 @@ def obstacle_to_loss(model: PreTrainedModel, batches: Iterable[Mapping[str, Tens
     return f"a {type(model).__name__} has no loss on calibration data without {' and '.join(_label_names(model))}"
 
 
+def no_layer_allocation(reason: str) -> EfxError:
+    """What to say where there is no loss to measure and allocation "layer" cannot do without."""
+    return EfxError(f"{reason}, so allocation 'layer' cannot be measured: set allocation to 'matrix'")
+
+
 def is_language_model(model: PreTrainedModel) -> bool:
     """Whether the model gives logits over its vocabulary."""
     return model.get_output_embeddings() is not None
