@@ -367,7 +367,7 @@ def test_what_cannot_work_is_refused_before_training(tmp_path):
         begin(load_best=True)
     with pytest.raises(EfxError, match="2 pruning points do not fit into 1 training steps"):
         begin(max_steps=1)
-    with pytest.raises(EfxError, match="repair 'paper' moves a LoRA adapter and model.layers.0.self_attn.q_proj has"):
+    with pytest.raises(EfxError, match=r"repair 'paper' moves a LoRA adapter and model.*q_proj has"):
         begin(model=tiny_llama(), repair="paper")
     with pytest.raises(EfxError, match="allocation 'layer' has nothing to spread"):
         EfficientXpertCallback(mask_structure="2:4", allocation="layer")
