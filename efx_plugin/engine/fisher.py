@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import find_labels
 
-from efx_plugin.engine.distributed import all_reduce_sum
+from efx_plugin.engine.distributed import all_reduce_statistics, all_reduce_sum
 from efx_plugin.engine.memory import return_freed_memory
 from efx_plugin.errors import EfxError
 from efx_plugin.method.sensitivity import square_gradient_sum
@@ -96,7 +96,7 @@ class FisherStatistics:
                     "training a lower rate"
                 )
         for inputs in self.inputs.values():
-            inputs.all_reduce()
+            all_reduce_statistics(inputs)
         energies = {
             name: inputs.energy if inputs.count else torch.zeros(inputs.features)  # no token reached it
             for name, inputs in self.inputs.items()
