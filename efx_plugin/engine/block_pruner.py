@@ -49,6 +49,7 @@ class BlockPruner:
         sensitivities: c, fp32 [out], by name of the layer where they were measured beforehand, as "fisher" is; None
             measures them here, and "fisher" then falls back to "block".
         running: running scores to average the new ones into, kept by the caller; None takes the new scores alone.
+        masks: bool [out, in] by name of the layer, where the masks are decided already; None decides on them here.
     """
 
     def __init__(
@@ -61,10 +62,11 @@ class BlockPruner:
         token_mask: TokenMask = every_token,
         sensitivities: Mapping[str, Tensor] | None = None,
         running: RunningScores | None = None,
+        masks: Mapping[str, Tensor] | None = None,
     ):
         self.plan, self.arguments = plan, arguments
         self._sparsities = layer_sparsities(plan.layers, arguments) if sparsities is None else sparsities
-        self._running = running
+        self._running, self._masks = running, masks
         self._calibration = BlockCalibration(model, plan, arguments, token_mask=token_mask, sensitivities=sensitivities)
 
     @property
@@ -114,6 +116,8 @@ class BlockPruner:
     def _compete(self, evidence: Mapping[str, Evidence]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Masks where matrices compete for every entry, and sparsities, which they may compete for as well."""
         arguments, masks, sparsities = self.arguments, dict[str, Tensor](), dict(self._sparsities)
+        if self._masks is not None:
+            return {layer.name: self._masks[layer.name].to(layer.base.weight.device) for layer in self.plan.layers}, {}
         by_entry = arguments.comparison_group == "block"
         if arguments.n_of_m is not None or (arguments.allocation == "uniform" and not by_entry):
             return masks, sparsities

@@ -13,14 +13,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from efx_plugin.engine.arguments import PruningArguments
 from efx_plugin.engine.blocks import plan_blocks
 from efx_plugin.engine.decide import Decision, RunningScores
-from efx_plugin.engine.sequential import Batch, prune_in_sequence
+from efx_plugin.engine.sequential import prune_in_sequence
 from efx_plugin.errors import EfxError
 from efx_plugin.evaluate.pipelines.draft import Draft
 from efx_plugin.method.repair import paper_update, updated_weight
@@ -61,10 +60,7 @@ class AsReleased(TrainerCallback):
             allocation="uniform",
             repair="none",
         )
-        self._batches = [
-            Batch({"input_ids": sequence}, torch.ones_like(sequence, dtype=torch.bool))
-            for sequence in task.calibration.split(1)
-        ]
+        self._batches = draft.batches()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

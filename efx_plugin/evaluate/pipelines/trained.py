@@ -3,15 +3,15 @@
 They train on the same tokens, once over them, and each chooses its learning rate from the same ones; see `training`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from llmcompressor.modifiers import Modifier
-from torch import nn
-from transformers import TrainerCallback
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from efx_plugin.evaluate.pipelines.arguments import take_arguments
 from efx_plugin.evaluate.pipelines.as_released import AsReleased
@@ -19,7 +19,7 @@ from efx_plugin.evaluate.pipelines.draft import Draft
 from efx_plugin.evaluate.pipelines.one_shot import sparsegpt_modifier, wanda_modifier
 from efx_plugin.evaluate.pipelines.protocol import PipelineResult, PipelineTask
 from efx_plugin.evaluate.pipelines.training import CHOICES, adapt, best_of_rates, train
-from efx_plugin.model.adapters import merge_adapters
+from efx_plugin.model.adapters import linear_layers, merge_adapters
 from efx_plugin.model.masked import install_mask, remove_mask
 from efx_plugin.training import EfficientXpertCallback
 
@@ -49,13 +49,30 @@ def _train_under_mask(task: PipelineTask, path: Path, rate: float) -> Draft:
     draft.network.load_state_dict(torch.load(path))
     masks = {layer.name: layer.base.weight != 0 for layer in draft.targets}
     adapt(draft)
-    for layer in draft.targets:
-        install_mask(layer, masks[layer.name])
-    train(draft, rate)
-    for layer in draft.targets:
-        remove_mask(layer)
-    draft.network = merge_adapters(draft.network, masks)
+    train(draft, rate, [_UnderMask(masks)])
+    device = next(draft.network.parameters()).device  # the Trainer's
+    draft.network = merge_adapters(draft.network, {name: keep.to(device) for name, keep in masks.items()})
     return draft
+
+
+class _UnderMask(TrainerCallback):
+    """Training under masks that stay, bool [out, in] by name of the layer."""
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        self._masks = masks
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for layer in linear_layers(kwargs["model"]):
+            if layer.name in self._masks:
+                install_mask(layer, self._masks[layer.name])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for layer in linear_layers(kwargs["model"]):
+            remove_mask(layer)
 
 
 def expert(task: PipelineTask) -> PipelineResult:
