@@ -112,7 +112,8 @@ class Draft:
 
     def round(self) -> PreTrainedModel:
         """The plain model, its weights rounded to what is stored of them, experts as the architecture has them."""
-        model = self.merge().eval()
+        model = self.merge()
+        model.eval()
         repack_moe(model)
         restore(model, self.dtypes)
         return model
