@@ -75,11 +75,13 @@ def preflight(request: PruneRequest) -> Prepared:
     for modifier in recipe.modifiers:
         _check_modifier(modifier, sources.skeleton)
     tokenizer = sources.tokenizer()
+    embedding: Any = inner_model(sources.skeleton).get_input_embeddings()  # type: ignore[operator]
     calibration = calibration_set(
         request.dataset,
         tokenizer,
         samples=request.samples,
         length=request.length,
+        vocabulary=embedding.weight.shape[0],
         text_field=request.text_field,
     )
     return Prepared(sources, recipe, compute, tokenizer, calibration)
