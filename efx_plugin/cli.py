@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
 from efx_plugin import __version__, failures
 from efx_plugin.errors import EfxError, UsageError
+from efx_plugin.evaluate.pipelines.registry import PIPELINES
 from efx_plugin.recipe_files import builtin_recipes
 
 if TYPE_CHECKING:
@@ -219,6 +221,117 @@ def inspect(
         except ImportError as error:
             raise EfxError("--plot needs matplotlib: pip install 'efx-plugin[plot]'") from error
         sparsity_heat_map(summary, plot)
+
+
+class ManyValues(TyperCommand):
+    """A command without positional arguments whose options take one value or several: `--sparsity .4 .5 2:4`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Write the option before each of its values, which is how click knows it."""
+        several = {name for one in self.params if one.multiple for name in one.opts}
+        spread, current = [], None
+        for argument in args:
+            if argument.startswith("-"):
+                current, first = (argument if argument in several else None), True
+            elif current is not None and not first:
+                spread.append(current)
+            else:
+                first = False
+            spread.append(argument)
+        return super().parse_args(ctx, spread)
+
+
+@app.command(cls=ManyValues)
+def compare(
+    model: Annotated[Path, typer.Option(help="Directory of the base model, or its name on the hub.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE...",
+            help="Text of the domain, a document a record, as `efx prune` takes it. Of each file 15 % of the documents "
+            "are held out; if the adapter was trained on them, pass --heldout.",
+        ),
+    ],
+    adapter: Annotated[Path | None, typer.Option(help="Directory or hub name of the LoRA adapter.")] = None,
+    heldout: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE...", help="Text to evaluate on that nothing was trained on, a corpus a file."),
+    ] = None,
+    pipelines: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME...", help=f"Any of {', '.join(PIPELINES)}.", show_default="all that need no training"
+        ),
+    ] = None,
+    sparsity: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="S...", help="Fractions of the weights to prune, or structures such as 2:4.", show_default=".5"
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds for each pipeline that depends on one.", min=1)] = 1,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 128,
+    length: Annotated[int, typer.Option(help="Tokens per calibration, training and evaluation sequence.", min=2)] = 512,
+    training_tokens: Annotated[int, typer.Option(help="Tokens that a trained pipeline sees in all.", min=2)] = 100_000,
+    heldout_tokens: Annotated[int, typer.Option(help="Tokens of each corpus to evaluate on.", min=2)] = 50_000,
+    text_field: Annotated[str | None, typer.Option(help="The field of the data that holds the text.")] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder of results; what is there is not run again.", show_default="~/.cache/efx/compare"),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write tables and plots to this file.")] = None,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compare ways to make an expert, on your data: held-out perplexity, recovery, bits per weight, seconds, memory.
+
+    Example: efx compare --model ./SmolLM2 --adapter ./legal-lora --data legal.jsonl --sparsity .5 2:4 --html out.html
+    """
+    from efx_plugin.evaluate.html import refuse_html, write_html
+    from efx_plugin.evaluate.request import CompareRequest
+
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    request = CompareRequest(
+        model,
+        adapter,
+        tuple(data),
+        cache or base / "efx" / "compare",
+        heldout=tuple(heldout or ()),
+        pipelines=tuple(pipelines or ()),
+        sparsities=tuple(sparsity or (".5",)),
+        seeds=seeds,
+        text_field=text_field,
+        samples=samples,
+        length=length,
+        training_tokens=training_tokens,
+        heldout_tokens=heldout_tokens,
+    ).checked()
+    if html is not None:
+        refuse_html(html)
+    split = request.split()
+    console = Console(stderr=True, quiet=quiet)
+    for notice in split.notices:
+        console.print(notice, highlight=False, markup=False)
+    _choose_device(device)
+    from efx_plugin.evaluate.grid import run_grid
+
+    report = run_grid(request.cells(split.data), request.cache, progress=not quiet)
+    if as_json:
+        print(json.dumps(report.as_json()))
+    elif not quiet:
+        from efx_plugin.evaluate.table import show
+
+        show(report)
+    if html is not None:
+        write_html(report, html)
+    if report.failures:
+        first = report.failures[0]
+        raise EfxError(
+            f"{len(report.failures)} of {len(report.failures) + report.cells} cells failed, first {first.label}: "
+            f"{first.reason}; its log is {first.log}"
+        )
 
 
 @app.command()

@@ -10,11 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# The extra that a part needs besides the dependencies of all; every other part makes do with those.
+# The extras that a part needs besides the dependencies of all; every other part makes do with those.
 EXTRAS = {
     "compress": "compress",
     "engine": "compress",
-    "evaluate": "compress",
+    "evaluate": "compress,plot",
     "model": "compress",
     "modifier": "compress",
     "optimum_cli": "dev",
@@ -37,7 +37,8 @@ def imported(path: Path) -> set[str]:
 
 
 def declared(extra: str | None) -> set[str]:
-    requirements = PROJECT["dependencies"] + PROJECT["optional-dependencies"].get(extra, [])
+    extras = PROJECT["optional-dependencies"]
+    requirements = PROJECT["dependencies"] + [one for name in (extra or "").split(",") for one in extras.get(name, [])]
     return {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
 
 

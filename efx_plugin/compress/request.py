@@ -63,9 +63,9 @@ class PruneRequest:
         """
         refuse_existing(self.output)
         if not is_hub_name(self.dataset):
-            _refuse_data_file(Path(self.dataset))
-        adapter = None if self.adapter is None else _find_directory(self.adapter, "an adapter")
-        return replace(self, model=_find_directory(self.model, "a model"), adapter=adapter)
+            refuse_data_file(Path(self.dataset), "--dataset")
+        adapter = None if self.adapter is None else find_directory(self.adapter, "an adapter")
+        return replace(self, model=find_directory(self.model, "a model"), adapter=adapter)
 
 
 def is_hub_name(named: str) -> bool:
@@ -80,7 +80,15 @@ def kind_of_data(path: Path) -> str | None:
     return next((kind for kind in KINDS_OF_DATA if name.endswith(kind)), None)
 
 
-def _find_directory(path: Path, what: str) -> Path:
+def find_directory(path: Path, what: str) -> Path:
+    """The directory of a model or an adapter, downloaded into the hub's cache where it is named as on the hub.
+
+    Args:
+        what: "a model" or "an adapter", for messages.
+
+    Raises:
+        UsageError: there is none.
+    """
     if path.is_dir():
         return path
     if path.exists():
@@ -102,14 +110,22 @@ def _download(name: str, what: str) -> Path:
         ) from error
 
 
-def _refuse_data_file(path: Path) -> None:
+def refuse_data_file(path: Path, option: str) -> None:
+    """Refuse a path that is no file of records.
+
+    Args:
+        option: the option that took it, for messages.
+
+    Raises:
+        UsageError: it is not there, or of no kind that is read.
+    """
     endings = f"a file that ends in {', '.join(KINDS_OF_DATA)}, or one of these with .gz"
     if path.is_dir():
-        raise UsageError(f"{path} is a directory: pass --dataset {endings}")
+        raise UsageError(f"{path} is a directory: pass {option} {endings}")
     if not path.exists():
-        raise UsageError(f"there is no calibration file {path}: pass --dataset {endings}{_near(path)}")
+        raise UsageError(f"there is no file {path}: pass {option} {endings}{_near(path)}")
     if kind_of_data(path) is None:
-        raise UsageError(f"{path} is no calibration text: pass --dataset {endings}")
+        raise UsageError(f"{path} holds no text that can be read: pass {option} {endings}")
 
 
 def _near(path: Path, directories: bool = False) -> str:

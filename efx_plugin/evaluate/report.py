@@ -2,7 +2,7 @@
 
 Recovery is 100 * perplexity of `lora` / perplexity of the pipeline: 100 % keeps all that the dense expert has.
 
-Each line is compared with its best rival on a corpus: of the pipelines that are not ours, of its own family and at the
+Each line is compared with the best rival on a corpus: of the pipelines that are not ours, of its own family and at the
 same sparsity, the one with the lowest mean perplexity there. What is sparse and quantized is compared with the best
 pipeline that is quantized alone and takes no more bits on disk.
 """
@@ -57,7 +57,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class Rival:
-    """The best rival of a line on a corpus, and the difference; None where documents are not the same."""
+    """The best rival of a line on a corpus.
+
+    Attributes:
+        name: its pipeline, which may be that of the line itself.
+        interval: the difference to it; None for itself, and where the documents are not the same.
+    """
 
     name: str
     interval: Interval | None
@@ -78,6 +83,8 @@ class Line:
     """A pipeline at a sparsity on a model and a domain, over its seeds.
 
     Attributes:
+        name: what pictures and `layers` call it: no two lines share one.
+        label: the pipeline with its arguments.
         sparsity: as in the table: "50 %", "2:4"; empty for pipelines that do not prune.
         seeds: number of them.
         corpora: figures by held-out corpus.
@@ -88,13 +95,14 @@ class Line:
         notes: of all seeds, each once.
     """
 
+    name: str
     model: str
     data: str
     pipeline: str
+    label: str
     family: str
     ours: bool
     sparsity: str
-    arguments: dict[str, Any]
     seeds: int
     corpora: dict[str, Figures]
     tasks: dict[str, dict[str, float | None]]
@@ -111,6 +119,7 @@ class Report:
     """Everything that a comparison found.
 
     Attributes:
+        cells: number of cells that were found or run.
         rows: one for each cell and corpus, with the keys that `report.json` has.
         lines: over seeds.
         failures: the cells that failed.
@@ -119,6 +128,7 @@ class Report:
         conditions: what holds for all of it.
     """
 
+    cells: int
     rows: list[dict[str, Any]]
     lines: list[Line]
     failures: list[Failure]
@@ -148,8 +158,9 @@ def build(findings: Sequence[Finding], failures: Sequence[Failure]) -> Report:
         groups[_group(finding.cell)].append(finding)
     ordered = sorted(groups.values(), key=lambda group: _position(group[0].cell, order))
     lines = [_line(group, ordered) for group in ordered]
-    first = {_line_name(line): group[0] for line, group in zip(lines, ordered, strict=True)}
+    first = {line.name: group[0] for line, group in zip(lines, ordered, strict=True)}
     return Report(
+        cells=len(findings),
         rows=[row for finding in findings for row in _rows(finding, findings)],
         lines=lines,
         failures=list(failures),
@@ -159,8 +170,19 @@ def build(findings: Sequence[Finding], failures: Sequence[Failure]) -> Report:
     )
 
 
-def _line_name(line: Line) -> str:
-    return " ".join(part for part in (line.model, line.data, line.pipeline, line.sparsity) if part)
+def _label(cell: Cell) -> str:
+    arguments = ", ".join(f"{name}={value}" for name, value in cell.arguments)
+    return f"{cell.pipeline} ({arguments})" if arguments else cell.pipeline
+
+
+def _name(cell: Cell, others: Sequence[Cell]) -> str:
+    """Model and domain are named where there are more than one."""
+    parts = [_label(cell), _sparsity(cell)]
+    if len({other.data.name for other in others}) > 1:
+        parts.insert(0, cell.data.name)
+    if len({other.model for other in others}) > 1:
+        parts.insert(0, cell.model.name)
+    return " ".join(part for part in parts if part)
 
 
 def _group(cell: Cell) -> tuple[Any, ...]:
@@ -186,7 +208,7 @@ def _sparsity(cell: Cell) -> str:
 
 def _rows(finding: Finding, findings: Iterable[Finding]) -> list[dict[str, Any]]:
     cell, result = finding.cell, finding.result
-    accuracies = [task["accuracy"] for task in result.tasks.values()]
+    accuracies = [task["accuracy"] for task in result.tasks.values() if task["accuracy"] is not None]
     rows = []
     for corpus, losses in result.corpora.items():
         dense = _reference(cell, findings)
@@ -248,13 +270,14 @@ def _line(group: list[Finding], groups: list[list[Finding]]) -> Line:
         recovery = sum(recoveries) / len(recoveries) if recoveries else None
         corpora[corpus] = Figures(mean, spread, recovery, _rival(group, groups, corpus))
     return Line(
+        name=_name(cell, [other[0].cell for other in groups]),
         model=cell.model.name,
         data=cell.data.name,
         pipeline=cell.pipeline,
+        label=_label(cell),
         family=pipeline.family,
         ours=pipeline.ours,
         sparsity=_sparsity(cell),
-        arguments=dict(cell.arguments),
         seeds=len(group),
         corpora=corpora,
         tasks={task: _task([result.tasks[task] for result in results]) for task in results[0].tasks},
@@ -272,17 +295,21 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _task(scores: list[dict[str, Any]]) -> dict[str, float | None]:
-    mean, spread = mean_and_spread([score["accuracy"] for score in scores])
+    """Of scores by seed; a task without an accuracy has none here either."""
+    accuracies = [score["accuracy"] for score in scores if score["accuracy"] is not None]
+    mean, spread = mean_and_spread(accuracies) if accuracies else (None, None)
     return {"accuracy": mean, "spread": spread, "chance": scores[0].get("chance")}
 
 
 def _rival(group: list[Finding], groups: list[list[Finding]], corpus: str) -> Rival | None:
     """The best rival of a group on a corpus; None where there is none."""
-    rivals = [other for other in groups if other is not group and _are_rivals(group, other)]
+    rivals = [other for other in groups if _are_rivals(group, other)]
     rivals = [other for other in rivals if all(corpus in one.result.corpora for one in other)]
     if not rivals:
         return None
     best = min(rivals, key=lambda other: _mean(one.result.corpora[corpus].perplexity for one in other))
+    if best is group:
+        return Rival(best[0].cell.pipeline, None)
     ours, theirs = _document_losses(group, corpus), _document_losses(best, corpus)
     same = ours is not None and theirs is not None and ours[1] == theirs[1]
     interval = paired_bootstrap(ours[0], theirs[0], ours[1]) if same and ours and theirs else None

@@ -22,7 +22,7 @@ from typing import Any
 from efx_plugin import failures
 from efx_plugin.evaluate.cell import Cell, CellResult, CorpusLosses, versions
 from efx_plugin.evaluate.data import write_atomically
-from efx_plugin.evaluate.pipelines.protocol import PipelineTask
+from efx_plugin.evaluate.pipelines.protocol import PipelineResult, PipelineTask
 from efx_plugin.evaluate.pipelines.registry import PIPELINES
 
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
@@ -109,7 +109,7 @@ def run(cell: Cell, scratch: Path) -> tuple[CellResult, bytes]:
         sparsity=made.sparsity,
         bits_per_weight_stored=made.bits_per_weight_stored,
         bits_per_weight_served=made.bits_per_weight_served,
-        layers=made.layers,
+        layers=_layers(model, made) if made.sparsity else [],
         notes=[*notes, *made.notes],
         seconds=seconds,
         seconds_evaluation=time.monotonic() - started,
@@ -134,6 +134,20 @@ def _sequences(path: Path, tokenizer: Any, samples: int, length: int, seed: int,
     if len(ids) < samples:
         notes.append(f"the {purpose} part has text for {len(ids)} sequences of {length} tokens, not {samples}")
     return ids
+
+
+def _layers(model: Any, made: PipelineResult) -> list[dict[str, Any]]:
+    """Name, number of weights, sparsity and damage of every target layer; None where the damage was not measured."""
+    from efx_plugin.engine.blocks import linears_in_blocks
+
+    damages = {layer["name"]: layer.get("damage") for layer in made.layers}
+    found = []
+    for layer in linears_in_blocks(model):
+        weight = layer.base.weight
+        sparsity = 1 - int(weight.count_nonzero()) / weight.numel()
+        damage = damages.get(layer.name)
+        found.append({"name": layer.name, "weights": weight.numel(), "sparsity": sparsity, "damage": damage})
+    return found
 
 
 def _losses(model: Any, tokenizer: Any, cell: Cell) -> Iterator[tuple[str, CorpusLosses]]:

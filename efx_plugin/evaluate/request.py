@@ -1,0 +1,129 @@
+"""What a user asked `efx compare` for, and what of it can be refused at once: nothing here imports torch."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from efx_plugin.compress.request import find_directory, is_hub_name, refuse_data_file
+from efx_plugin.errors import UsageError
+from efx_plugin.evaluate.cell import Cell, Data
+from efx_plugin.evaluate.data import Split, split_files
+from efx_plugin.evaluate.pipelines.registry import PIPELINES
+
+
+@dataclass(frozen=True)
+class CompareRequest:
+    """Everything that decides what `efx compare` does.
+
+    Attributes:
+        model: directory of the base model with its tokenizer, or OWNER/NAME on the hub.
+        adapter: directory of its LoRA adapter, or OWNER/NAME on the hub; None for none.
+        data: files of the domain or data sets on the hub, see `read_documents`.
+        heldout: files to evaluate on; without, documents of each file of `data` are held out.
+        pipelines: keys of `PIPELINES`; without, all that need no training.
+        sparsities: "0.5" or ".5" for a fraction of the weights, "2:4" for a structure.
+        seeds: number of seeds, from 0 on.
+        tasks, task_data: lm-eval tasks to score, and the folder of those that read local files.
+        cache: folder of results.
+        text_field: the field of the data that holds the text; None for the usual names, see `content_of`.
+        samples, length, training_tokens, heldout_tokens: see `Data`.
+    """
+
+    model: Path
+    adapter: Path | None
+    data: tuple[str, ...]
+    cache: Path
+    heldout: tuple[str, ...] = ()
+    pipelines: tuple[str, ...] = ()
+    sparsities: tuple[str, ...] = ("0.5",)
+    seeds: int = 1
+    tasks: tuple[str, ...] = ()
+    task_data: Path | None = None
+    text_field: str | None = None
+    samples: int = Data.samples
+    length: int = Data.length
+    training_tokens: int = Data.training_tokens
+    heldout_tokens: int = Data.heldout_tokens
+
+    def checked(self) -> "CompareRequest":
+        """The same request, once a look at names and files has found that they mean something.
+
+        Raises:
+            UsageError: a pipeline, a sparsity or a file that there is not, or no adapter where one is needed.
+        """
+        for name in self.pipelines:
+            if name not in PIPELINES:
+                near = difflib.get_close_matches(name, PIPELINES, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise UsageError(f"there is no pipeline {name}: choose among {', '.join(PIPELINES)}{hint}")
+        chosen = self.pipelines or tuple(name for name, one in PIPELINES.items() if not one.needs_training)
+        if self.adapter is None and (needy := [name for name in chosen if PIPELINES[name].needs_adapter]):
+            others = ", ".join(name for name, one in PIPELINES.items() if not one.needs_adapter)
+            raise UsageError(
+                f"{needy[0]} starts from an adapter: pass --adapter DIRECTORY, or --pipelines that need none ({others})"
+            )
+        for text in self.sparsities:
+            parse_sparsity(text)
+        for option, files in (("--data", self.data), ("--heldout", self.heldout)):
+            for file in files:
+                if not is_hub_name(file):
+                    refuse_data_file(Path(file), option)
+        if self.task_data is not None and not self.task_data.is_dir():
+            raise UsageError(f"there is no directory {self.task_data}: pass the folder with the data of the tasks")
+        adapter = None if self.adapter is None else find_directory(self.adapter, "an adapter")
+        return replace(self, model=find_directory(self.model, "a model"), adapter=adapter, pipelines=chosen)
+
+    def split(self) -> Split:
+        """Split the data.
+
+        Raises:
+            EfxError: it cannot be read or split.
+        """
+        return split_files(
+            self.cache / "data",
+            self.data,
+            self.heldout,
+            text_field=self.text_field,
+            samples=self.samples,
+            length=self.length,
+            training_tokens=self.training_tokens,
+            heldout_tokens=self.heldout_tokens,
+        )
+
+    def cells(self, data: Data) -> list[Cell]:
+        """The cells of a checked request: seed after seed, so that the first table is whole early."""
+        cells: list[Cell] = []
+        for seed in range(self.seeds):
+            for name in self.pipelines:
+                for sparsity, structure, used_seed in self._points(name, seed):
+                    cell = Cell(self.model, self.adapter, name, sparsity, used_seed, data, structure)
+                    cells.append(replace(cell, tasks=self.tasks, task_data=self.task_data))
+        return list(dict.fromkeys(cells))
+
+    def _points(self, pipeline: str, seed: int) -> Sequence[tuple[float, str, int]]:
+        """Sparsity, mask structure and seed of a pipeline's cells: dense ones depend on none of them."""
+        family = PIPELINES[pipeline].family
+        if family == "dense":
+            return [(0.0, "0:0", 0)]
+        if family == "quantized":
+            return [(0.0, "0:0", seed)]
+        return [(*parse_sparsity(text), seed) for text in self.sparsities]
+
+
+def parse_sparsity(text: str) -> tuple[float, str]:
+    """Sparsity and mask structure of ".5" or "2:4".
+
+    Raises:
+        UsageError: it is neither.
+    """
+    n, colon, m = text.partition(":")
+    if colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m):
+        return int(n) / int(m), text
+    try:
+        sparsity = float(text)
+    except ValueError:
+        sparsity = 0.0
+    if not 0 < sparsity < 1:
+        raise UsageError(f"the sparsity {text} is no fraction between 0 and 1 and no structure: pass .5 or 2:4")
+    return sparsity, "0:0"

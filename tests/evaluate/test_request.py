@@ -1,0 +1,90 @@
+"""What was typed wrongly is refused in one sentence, and what was typed well becomes the cells that it means."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from efx_plugin.errors import EfxError, UsageError
+from efx_plugin.evaluate.pipelines.registry import PIPELINES
+from efx_plugin.evaluate.request import CompareRequest, parse_sparsity
+
+
+@pytest.fixture
+def request_(tmp_path):
+    for name in ("model", "adapter"):
+        (tmp_path / name).mkdir()
+    lines = [json.dumps({"text": f"document {number}"}) for number in range(40)]
+    (tmp_path / "law.jsonl").write_text("\n".join(lines))
+    return CompareRequest(
+        tmp_path / "model", tmp_path / "adapter", (str(tmp_path / "law.jsonl"),), tmp_path / "cache", samples=4
+    )
+
+
+def test_by_default_everything_runs_that_needs_no_training(request_):
+    checked = request_.checked()
+    assert checked.pipelines == tuple(name for name, one in PIPELINES.items() if not one.needs_training)
+    assert request_.split().data.samples == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"pipelines": ("lora+wnda",)},
+            r"no pipeline lora\+wnda: choose among base, lora, .*did you mean lora\+wanda\?",
+        ),
+        ({"adapter": None}, r"lora starts from an adapter: pass --adapter DIRECTORY, or --pipelines that need none"),
+        ({"adapter": Path("adaptr")}, "no directory adaptr: pass the directory of an adapter"),
+        ({"model": Path("modl")}, "no directory modl: pass the directory of a model"),
+        ({"data": ("none.jsonl",)}, "no file none.jsonl: pass --data a file that ends in"),
+        ({"heldout": ("none.jsonl",)}, "no file none.jsonl: pass --heldout a file that ends in"),
+        ({"sparsities": ("50",)}, "the sparsity 50 is no fraction between 0 and 1 and no structure: pass .5 or 2:4"),
+        ({"task_data": Path("none")}, "no directory none: pass the folder"),
+    ],
+)
+def test_what_was_typed_wrongly_is_refused_at_once(request_, change, said):
+    with pytest.raises(UsageError, match=said):
+        replace(request_, **change).checked()
+
+
+def test_data_without_a_held_out_part_is_refused(request_, tmp_path):
+    (tmp_path / "few.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(EfxError, match=r"has 2 different documents, too few to hold any out .* or --heldout FILE"):
+        replace(request_, data=(str(tmp_path / "few.jsonl"),)).split()
+
+
+def test_the_base_model_needs_no_adapter(request_):
+    assert replace(request_, adapter=None, pipelines=("base",)).checked().adapter is None
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [(".5", (0.5, "0:0")), ("0.45", (0.45, "0:0")), ("2:4", (0.5, "2:4")), ("1:4", (0.25, "1:4"))],
+)
+def test_sparsities(text, parsed):
+    assert parse_sparsity(text) == parsed
+
+
+@pytest.mark.parametrize("text", ["0", "1", "-.5", "4:2", "half", "2:", "nan"])
+def test_what_is_no_sparsity(text):
+    with pytest.raises(UsageError, match=f"the sparsity {text} is no fraction"):
+        parse_sparsity(text)
+
+
+def test_dense_cells_run_once_and_the_others_at_every_point(request_):
+    request = replace(
+        request_, pipelines=("lora", "lora+wanda", "lora+w4a16"), sparsities=(".5", "2:4"), seeds=2
+    ).checked()
+    cells = request.cells(request.split().data)
+    points = [(cell.pipeline, cell.sparsity, cell.mask_structure, cell.seed) for cell in cells]
+    assert points == [
+        ("lora", 0.0, "0:0", 0),
+        ("lora+wanda", 0.5, "0:0", 0),
+        ("lora+wanda", 0.5, "2:4", 0),
+        ("lora+w4a16", 0.0, "0:0", 0),
+        ("lora+wanda", 0.5, "0:0", 1),
+        ("lora+wanda", 0.5, "2:4", 1),
+        ("lora+w4a16", 0.0, "0:0", 1),
+    ]

@@ -1,0 +1,48 @@
+"""The table says all that a line holds, once."""
+
+import io
+
+from rich.console import Console
+
+from efx_plugin.evaluate import table as module
+from efx_plugin.evaluate.report import build
+from efx_plugin.evaluate.table import show, tables
+from tests.support.findings import finding, some_findings
+
+
+def test_a_table_for_each_model_and_domain():
+    (table,) = tables(build(some_findings(), []), every_corpus=False)
+    assert table.title == "tiny, law"
+    cells = dict(zip(table.header, table.rows[[row[0] for row in table.rows].index("lora+expert+w8")], strict=True))
+    assert cells["sparsity"] == "50 %" and cells["perplexity"] == "22.50" and cells["recovery %"] == "88.89"
+    assert cells["bits/stored"] == "5.10" and cells["zeros/%"] == "50.0" and cells["seeds"] == "1"
+
+
+def test_rows_come_in_the_order_of_the_registry_within_a_sparsity():
+    (table,) = tables(build(some_findings(), []), every_corpus=False)
+    assert [row[0] for row in table.rows] == [
+        "base",
+        "lora",
+        "lora+w8a16",
+        "lora+w4a16",
+        "lora+wanda",
+        "lora+sparsegpt",
+        "lora+expert",
+        "lora+expert+w8",
+        "lora+sparsegpt",
+    ]
+    assert next(row for row, ours in zip(table.rows, table.ours, strict=True) if ours)[0] == "lora+expert"
+
+
+def test_arguments_tell_lines_apart():
+    lines = [finding("lora+wanda", 30.0, sparsity=0.5, arguments=(("rate", rate),)) for rate in (1, 2)]
+    (table,) = tables(build(lines, []), every_corpus=True)
+    assert [row[0] for row in table.rows] == ["lora+wanda (rate=1)", "lora+wanda (rate=2)"]
+
+
+def test_a_pipe_gets_the_table_whole(monkeypatch):
+    output = io.StringIO()
+    monkeypatch.setattr(module, "Console", lambda: Console(file=output))
+    show(build(some_findings(), []))
+    text = output.getvalue()
+    assert "lora+expert+w8" in text and "…" not in text and "lora: note of seed 0" in text
