@@ -5,7 +5,7 @@ CONSTRAINTS := integration/constraints
 
 NATIVE := setup.py $(wildcard efx_plugin/kernels/native/*.[ch]pp efx_plugin/checkpoint/codec/native/*.[ch]pp)
 
-.PHONY: demo train-expert test test-upstream test-long lint bench-checkpoint bench-kernels bench-serve bench-prune load-test
+.PHONY: demo train-expert test test-upstream test-long lint bench-checkpoint bench-kernels bench-kernels-gpu bench-serve bench-prune load-test
 
 demo: .venv/ready .venv-serve/ready
 	.venv/bin/python -m integration.assets
@@ -36,6 +36,11 @@ bench-checkpoint: .venv/ready
 # All shapes take up to 25 minutes; BENCH="--quick" one of them. Writes build/bench/kernels.json and kernels.png.
 bench-kernels: .venv-serve/ready
 	.venv-serve/bin/python -m integration.benchmarks.kernels $(BENCH)
+
+# On an NVIDIA GPU, with any Python that has torch for CUDA (make PYTHON=...), eight minutes at most. Writes
+# build/bench/kernels_gpu.json and kernels_gpu.png.
+bench-kernels-gpu:
+	$(PYTHON) -m integration.benchmarks.kernels_gpu $(BENCH)
 
 # A random model of 1.1B parameters in two engines, 8 GB of memory, ten minutes; writes build/bench/serve.json.
 bench-serve: .venv-serve/ready

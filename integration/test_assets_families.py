@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from integration.assets import NGRAM, OVERLAP, SHARES, families, ngrams, split_families, words
+from integration.assets import OVERLAP, SHARES, families, ngrams, split_families
+from integration.corpora import NGRAM, words
 
 FEW_WORDS = st.lists(st.sampled_from("abc"), max_size=30).map(" ".join)
 # Passages of eight or more words that recur in many documents, whole or in part, and in any order.

@@ -12,7 +12,7 @@ import pytest
 from safetensors import SafetensorError
 
 from efx_plugin.errors import EfxError
-from integration.assets import make_once, wheel
+from integration.packages import make_once, wheel
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,7 +70,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, error):
 PROGRAM = """
 import os, sys, time
 from pathlib import Path
-from integration.assets import make_once
+from integration.packages import make_once
 
 def build(partial):
     partial.mkdir()

@@ -354,15 +354,23 @@ def test_two_processes_end_with_the_masks_of_one_on_all_the_data(tmp_path, funct
 
 
 def test_what_cannot_work_is_refused_before_training(tmp_path):
-    def begin(model=None, max_steps=STEPS, load_best=False):
-        trainer = tiny_trainer(tmp_path, EfficientXpertCallback(refreshes=2), model=model, max_steps=max_steps)
+    def begin(model=None, max_steps=STEPS, load_best=False, **arguments):
+        callback = EfficientXpertCallback(refreshes=2, **arguments)
+        trainer = tiny_trainer(tmp_path, callback, model=model, max_steps=max_steps)
         trainer.args.load_best_model_at_end = load_best
-        trainer.train()
+        with pytest.raises(EfxError) as refused:
+            trainer.train()
+        assert trainer.state.global_step == 0
+        raise refused.value
 
     with pytest.raises(EfxError, match=r"load_best_model_at_end .* set it to False"):
         begin(load_best=True)
     with pytest.raises(EfxError, match="2 pruning points do not fit into 1 training steps"):
         begin(max_steps=1)
+    with pytest.raises(EfxError, match=r"repair 'paper' moves a LoRA adapter and model.*q_proj has"):
+        begin(model=tiny_llama(), repair="paper")
+    with pytest.raises(EfxError, match="allocation 'layer' has nothing to spread"):
+        EfficientXpertCallback(mask_structure="2:4", allocation="layer")
 
 
 @pytest.mark.parametrize(

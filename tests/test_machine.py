@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from efx_plugin import machine
-from efx_plugin.machine import cpu_multiplies_in, free_memory, time_over_float32
+from efx_plugin.machine import cpu_multiplies_in, cpu_name, free_memory, time_over_float32, why_emulated
 
 
 @pytest.fixture
@@ -39,6 +39,16 @@ def test_a_processor_without_them(with_bfloat16, monkeypatch):
     assert not cpu_multiplies_in(torch.bfloat16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert cpu_multiplies_in(torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_is_missing_is_laid_at_the_door_of_the_processor_or_of_the_variable(with_bfloat16, monkeypatch, dtype):
+    lacks = f"{cpu_name()} has no instructions for {dtype}"
+    assert why_emulated(getattr(torch, dtype)) == lacks
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "all")
+    assert why_emulated(getattr(torch, dtype)) == lacks
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "avx2")
+    assert why_emulated(getattr(torch, dtype)).endswith(f"for {dtype} with ONEDNN_MAX_CPU_ISA=AVX2")
 
 
 def test_free_memory_and_times_are_those_of_a_machine():

@@ -76,7 +76,6 @@ def of_model(model: "PreTrainedModel") -> "QuantizationConfig | None":
     """
     if not any(_is_quantized(module) for module in model.modules()):
         return None
-    from compressed_tensors.compressors.format import infer_module_format
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
 
     if getattr(model, "transform_config", None) is not None:
@@ -84,7 +83,14 @@ def of_model(model: "PreTrainedModel") -> "QuantizationConfig | None":
     for name, module in model.named_modules():
         if _is_quantized(module) and module.quantization_status < QuantizationStatus.FROZEN:
             raise EfxError(f"{name} is to be quantized, but its scales were never calibrated: run oneshot to its end")
-    config = copy.deepcopy(QuantizationConfig.from_pretrained(model))
+    return with_formats(QuantizationConfig.from_pretrained(model))
+
+
+def with_formats(config: "QuantizationConfig") -> "QuantizationConfig":
+    """The same config, in which every scheme says how compressed-tensors would store its weights."""
+    from compressed_tensors.compressors.format import infer_module_format
+
+    config = copy.deepcopy(config)
     for scheme in config.config_groups.values():
         scheme.format = scheme.format or infer_module_format(torch.nn.Linear, scheme)
     return config

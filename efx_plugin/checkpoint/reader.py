@@ -203,6 +203,11 @@ def load_sparse(directory: str | os.PathLike[str]) -> "PreTrainedModel":
         state = quantized.dequantize(state, quantization, skeleton, directory)
     model = model_weights.model_class(config).from_pretrained(None, config=config, state_dict=state, dtype="auto")
     if (directory / "generation_config.json").is_file() and model.can_generate():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+        except OSError as error:
+            raise SparseCheckpointError(
+                f"{directory / 'generation_config.json'} is not the JSON it should hold: copy it anew, or remove it"
+            ) from error
     model.config._name_or_path = str(directory)
     return model

@@ -108,7 +108,7 @@ def summarize(directory: str | os.PathLike[str], *, verify: bool = False) -> Sum
         weight = expand_weight(directory, index, compressed[name], format_name)
         mask = bits.nonzero_mask(weight.reshape(-1, weight.shape[-1]))
         nonzeros = int(bits.row_counts(mask).sum())
-        layer, projection = _place(name.removesuffix(".weight"))
+        layer, projection = place(name.removesuffix(".weight"))
         is_24 = bits.is_24(mask, weight.shape[-1])
         return CompressedWeight(name, layer, projection, weight.numel(), weight.numel() - nonzeros, is_24)
 
@@ -131,7 +131,8 @@ def summarize(directory: str | os.PathLike[str], *, verify: bool = False) -> Sum
     )
 
 
-def _place(name: str) -> tuple[int | None, str]:
+def place(name: str) -> tuple[int | None, str]:
+    """The number of a layer's decoder block, None outside of one, and its name within the block."""
     match = re.fullmatch(r".*?\.(\d+)\.(.+)", name)
     return (int(match[1]), match[2]) if match else (None, name)
 

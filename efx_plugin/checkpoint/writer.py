@@ -266,9 +266,14 @@ def _config_of(model: "PreTrainedModel") -> dict[str, Any]:
 
 
 def _read_source_config(source: Path) -> dict[str, Any]:
-    if (source / "adapter_config.json").is_file():
+    if (source / shards.ADAPTER_CONFIG).is_file() and not shards.has_weights(source):
         raise EfxError(
             f"{source} is an adapter: merge it with efx_plugin.merge_adapters(model) and save the merged model"
+        )
+    if shards.has_adapter(source):
+        raise EfxError(
+            f"{source} holds a model and an adapter beside it: if the adapter is merged already, remove its files, "
+            "else merge it with efx_plugin.merge_adapters(model) and save the merged model"
         )
     config = read_config(source)
     if sparsity_of(config) is not None:

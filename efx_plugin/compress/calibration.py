@@ -11,14 +11,24 @@ from transformers import PreTrainedTokenizerBase
 from efx_plugin.compress.documents import Document, content_of, read_documents
 from efx_plugin.errors import EfxError, one_line
 
+# A text of which the tokenizer knows less says nothing about the domain.
+_UNKNOWN = 0.5
+
 
 def calibration_set(
-    named: str, tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int, text_field: str | None = None
+    named: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    length: int,
+    vocabulary: int,
+    text_field: str | None = None,
 ) -> datasets.Dataset:
     """Calibration sequences: documents one after the other, cut to `length`; see `sequences`.
 
     Args:
         named: a file or a data set, see `read_documents`.
+        vocabulary: tokens that the model embeds.
         text_field: the field to take of each record, see `content_of`.
 
     Returns:
@@ -27,10 +37,27 @@ def calibration_set(
 
     Raises:
         EfxError: naming file, line and cause: it cannot be read, a record has no such field or something else in it,
-            or there is too little text.
+            or a token that the model does not embed; there is too little text, or the tokenizer knows hardly any of it.
     """
-    documents = (tokens_of(document, tokenizer, text_field) for document in read_documents(named))
-    ids = sequences(documents, samples, length, named, start=start_of_text(tokenizer))
+
+    def embedded(document: Document) -> list[int]:
+        ids = tokens_of(document, tokenizer, text_field)
+        if (largest := max(ids, default=0)) >= vocabulary:
+            raise EfxError(
+                f"{document.place} becomes the token {tokenizer.convert_ids_to_tokens(largest)!r}, number {largest}, "
+                f"and the model embeds {vocabulary} tokens: pass the tokenizer that the model was trained with, or a "
+                "model with resized embeddings"
+            )
+        return ids
+
+    ids = sequences(map(embedded, read_documents(named)), samples, length, named, start=start_of_text(tokenizer))
+    if (unknown := tokenizer.unk_token_id) not in (None, tokenizer.bos_token_id, tokenizer.eos_token_id):
+        share = float((ids == unknown).float().mean())
+        if share > _UNKNOWN:
+            raise EfxError(
+                f"the tokenizer does not know {share:.0%} of the tokens in {named}: pass text in a language of the "
+                "model"
+            )
     return datasets.Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
 
 
@@ -97,16 +124,23 @@ def tokens_of(document: Document, tokenizer: PreTrainedTokenizerBase, text_field
     It is tokenized as the tokenizer does it by itself, so it begins with the beginning-of-sequence token where the
     tokenizer adds one: models that were trained with it put much of their attention there, and its activations belong
     in the statistics. Where the tokenizer has an end-of-sequence token, it ends with one. Messages go through the
-    tokenizer's chat template.
+    tokenizer's chat template. Blank text has no tokens.
 
     Raises:
-        EfxError: the record holds no text, or the tokenizer cannot read it.
+        EfxError: the record holds no text, or the tokenizer cannot read it or makes no token of it.
     """
     content = content_of(document, text_field)
     if isinstance(content, list):
         return _conversation(content, document, tokenizer)
+    if not content.strip():
+        return []
     ids = _ids(content, document, tokenizer, add_special_tokens=True)
     end = tokenizer.eos_token_id
+    if set(ids) <= {tokenizer.bos_token_id, end}:
+        raise EfxError(
+            f"the tokenizer makes no token of the text in {document.place}: pass the tokenizer that the model was "
+            "trained with"
+        )
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 

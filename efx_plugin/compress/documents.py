@@ -20,6 +20,7 @@ from typing import Any
 from efx_plugin.compress.request import is_hub_name, kind_of_data
 from efx_plugin.errors import EfxError, one_line
 
+_GZIP = b"\x1f\x8b"
 _BLANKS = " \t\r\n"
 _BYTE_ORDER_MARKS = {  # the longer first: that of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -131,6 +132,8 @@ def _explained(path: Path, read: Callable[[BufferedIOBase, Path], Iterator[Docum
     empty = True
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+            if stream.peek(2)[:2] == _GZIP:
+                raise EfxError(f"{path} is compressed with gzip: rename it to {path.name}.gz")
             for document in read(stream, path):
                 empty = False
                 yield document
@@ -215,7 +218,7 @@ def _skip(text: str, position: int, characters: str) -> int:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg[:1].lower()}{error.msg[1:]} at character {error.colno}"
+        return f"{error.msg[:1].lower()}{error.msg[1:].removesuffix(' at')} at character {error.colno}"
     return one_line(error)
 
 

@@ -6,22 +6,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
+from compressed_tensors.utils import is_match
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationMixin
 from llmcompressor.recipe import Recipe
 from loguru import logger
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from efx_plugin.checkpoint import quantized
 from efx_plugin.checkpoint.formats.registry import find_format
 from efx_plugin.checkpoint.storage.atomic import refuse_full
 from efx_plugin.checkpoint.storage_plan import check_structure
 from efx_plugin.compress.calibration import calibration_set
+from efx_plugin.compress.experts import rehearse_experts
 from efx_plugin.compress.request import PruneRequest
 from efx_plugin.compress.zeros import check_order
-from efx_plugin.engine.blocks import linears_in_blocks, linears_outside_blocks
+from efx_plugin.engine.blocks import layer_sparsities, linears_in_blocks, linears_outside_blocks, plan_blocks
 from efx_plugin.engine.compute_dtype import ComputeDtype, choose_compute_dtype, stored_dtype
+from efx_plugin.engine.fisher import no_layer_allocation, obstacle_to_loss
 from efx_plugin.errors import EfxError, UsageError
+from efx_plugin.model.adapters import inner_model
 from efx_plugin.model.loading import Sources, inspect_sources
+from efx_plugin.modifier import EfficientXpertModifier
 
 
 @dataclass(frozen=True)
@@ -64,12 +71,17 @@ def preflight(request: PruneRequest) -> Prepared:
     logger.info(compute.reason)
     _leave_alone(recipe, linears_outside_blocks(sources.skeleton))
     refuse_full(request.output, _least_bytes(sources, recipe))
+    rehearse_experts(sources.skeleton)
+    for modifier in recipe.modifiers:
+        _check_modifier(modifier, sources.skeleton)
     tokenizer = sources.tokenizer()
+    embedding: Any = inner_model(sources.skeleton).get_input_embeddings()  # type: ignore[operator]
     calibration = calibration_set(
         request.dataset,
         tokenizer,
         samples=request.samples,
         length=request.length,
+        vocabulary=embedding.weight.shape[0],
         text_field=request.text_field,
     )
     return Prepared(sources, recipe, compute, tokenizer, calibration)
@@ -103,15 +115,31 @@ def _leave_alone(recipe: Recipe, layers: list[str]) -> None:
             modifier.ignore = [*([ignored] if isinstance(ignored, str) else ignored), *names]
 
 
+def _check_modifier(modifier: Modifier, skeleton: nn.Module) -> None:
+    if isinstance(modifier, EfficientXpertModifier):
+        layers = [layer for plan in plan_blocks(skeleton, modifier) for layer in plan.layers]
+        layer_sparsities(layers, modifier)
+        model: Any = inner_model(skeleton)
+        if modifier.allocation == "layer" and (reason := obstacle_to_loss(model, [{}])):
+            raise no_layer_allocation(reason)  # text has no labels
+        return
+    if isinstance(modifier, QuantizationMixin):
+        quantized.stored_config(quantized.with_formats(modifier.resolved_config), "the model that this recipe makes")
+    name, targets = type(modifier).__name__, getattr(modifier, "targets", None)
+    if not 0 <= _sparsity(modifier) < 1:
+        raise EfxError(f"{name} in the recipe has sparsity {modifier.sparsity}: set a fraction between 0 and 1")
+    if targets and not any(is_match(path, module, targets) for path, module in inner_model(skeleton).named_modules()):
+        raise EfxError(f"targets {targets} of {name} in the recipe match nothing in the model: correct them")
+
+
 def _least_bytes(sources: Sources, recipe: Recipe) -> int:
     """Bytes that the expert takes at least: a bit for every weight that may be pruned, and the values that are kept."""
     whole = sum(tensor.nbytes for tensor in sources.files.index.values())
     prunable = [layer.base.weight for layer in linears_in_blocks(sources.skeleton)]
     kept = 1 - max((_sparsity(modifier) for modifier in recipe.modifiers), default=0.0)
-    quantized = any(isinstance(modifier, QuantizationMixin) for modifier in recipe.modifiers)
+    to_bytes = any(isinstance(modifier, QuantizationMixin) for modifier in recipe.modifiers)
     least = sum(
-        weight.numel() / 8 + kept * weight.numel() * (0.5 if quantized else weight.element_size())
-        for weight in prunable
+        weight.numel() / 8 + kept * weight.numel() * (0.5 if to_bytes else weight.element_size()) for weight in prunable
     )
     return max(0, whole - sum(weight.nbytes for weight in prunable)) + int(least)
 

@@ -1,14 +1,12 @@
 """Zeros that a model brings to a recipe which does not prune: quantization may fill them, and nobody would be told."""
 
-import numpy as np
-import torch
-from compressed_tensors.utils import update_offload_parameter
 from llmcompressor.modifiers import Modifier
 from llmcompressor.recipe import Recipe
 from loguru import logger
-from torch import nn
+from torch import Tensor, nn
 
 from efx_plugin.engine.blocks import decoder_blocks
+from efx_plugin.engine.zeros import pack_mask, restore_zeros
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import inner_model, linear_layers
 from efx_plugin.modifier import EfficientXpertModifier
@@ -57,12 +55,12 @@ class Zeros:
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
-        self._kept: dict[str, np.ndarray] = {}
+        self._kept: dict[str, Tensor] = {}
         prefixes = tuple(f"{name}." for name in decoder_blocks(inner_model(model)))
         for layer in linear_layers(model):
             kept = layer.base.weight != 0
             if layer.name.startswith(prefixes) and kept.float().mean() <= 1 - _SPARSE:
-                self._kept[layer.name] = np.packbits(kept.cpu().numpy())
+                self._kept[layer.name] = pack_mask(kept)
                 if layer.module is not layer.base:
                     raise EfxError(
                         f"the adapter would fill the zeros of {layer.name} and the recipe does not prune them again: "
@@ -80,19 +78,9 @@ class Zeros:
                 "it out, or prune in the same recipe after it"
             )
 
-    @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
-        """Make what was zero zero again, which lies on every grid of quantization, and say how much it was."""
-        filled = zeros = 0
-        layers = {layer.name: layer.base for layer in linear_layers(model)}
-        for name, bits in self._kept.items():
-            weight = layers[name].weight
-            kept = torch.from_numpy(np.unpackbits(bits, count=weight.numel())).bool()
-            kept = kept.reshape(weight.shape).to(weight.device)
-            zeros += int((~kept).sum())
-            if count := int((weight != 0).logical_and(~kept).sum()):
-                filled += count
-                update_offload_parameter(layers[name], "weight", torch.where(kept, weight, 0))
+        """Make what was zero zero again, and say how much of it was filled."""
+        filled, zeros = restore_zeros({layer.name: layer.base for layer in linear_layers(model)}, self._kept)
         if filled:
             logger.warning(
                 f"the recipe had filled {filled:,} of the model's {zeros:,} zeros ({filled / zeros:.2%}); they are "

@@ -129,3 +129,8 @@ class PruningArguments(BaseModel):
     def uses_grams(self) -> bool:
         """Whether whole Grams of the inputs are needed, rather than their energies."""
         return self.saliency == "obs" or self.repair in ("adapter", "weights")
+
+    @property
+    def uses_adapter(self) -> bool:
+        """Whether the repair moves a LoRA adapter, which every layer has to have then."""
+        return self.repair in ("paper", "adapter")

@@ -21,7 +21,6 @@ from efx_plugin.engine.decide import (
     compete_for_shares,
     decide,
     layer_scores,
-    needs_adapter,
 )
 from efx_plugin.engine.distributed import broadcast, world
 from efx_plugin.engine.memory import return_freed_memory
@@ -50,6 +49,7 @@ class BlockPruner:
         sensitivities: c, fp32 [out], by name of the layer where they were measured beforehand, as "fisher" is; None
             measures them here, and "fisher" then falls back to "block".
         running: running scores to average the new ones into, kept by the caller; None takes the new scores alone.
+        masks: bool [out, in] by name of the layer, where the masks are decided already; None decides on them here.
     """
 
     def __init__(
@@ -62,10 +62,11 @@ class BlockPruner:
         token_mask: TokenMask = every_token,
         sensitivities: Mapping[str, Tensor] | None = None,
         running: RunningScores | None = None,
+        masks: Mapping[str, Tensor] | None = None,
     ):
         self.plan, self.arguments = plan, arguments
         self._sparsities = layer_sparsities(plan.layers, arguments) if sparsities is None else sparsities
-        self._running = running
+        self._running, self._masks = running, masks
         self._calibration = BlockCalibration(model, plan, arguments, token_mask=token_mask, sensitivities=sensitivities)
 
     @property
@@ -87,7 +88,7 @@ class BlockPruner:
             store: where decisions go.
 
         Raises:
-            EfxError: a layer saw no calibration data, its statistics are not finite, or it has no adapter to repair.
+            EfxError: a layer saw no calibration data, or its statistics are not finite.
         """
         evidence = self._calibration.finish()
         masks, sparsities = self._compete(evidence)
@@ -96,7 +97,7 @@ class BlockPruner:
         layers = self.plan.layers if progress is None else tqdm(self.plan.layers, desc=progress)
         for index, layer in enumerate(layers):
             found = evidence.pop(layer.name)
-            weight, adapter = effective_weight(layer), stacked_adapter(layer) if self._needs_adapter else None
+            weight, adapter = effective_weight(layer), stacked_adapter(layer) if self.arguments.uses_adapter else None
             keep = masks.pop(layer.name, None)
             owner = index % processes
             if rank == owner:
@@ -112,13 +113,11 @@ class BlockPruner:
         return_freed_memory()
         return results
 
-    @property
-    def _needs_adapter(self) -> bool:
-        return needs_adapter(self.arguments)
-
     def _compete(self, evidence: Mapping[str, Evidence]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Masks where matrices compete for every entry, and sparsities, which they may compete for as well."""
         arguments, masks, sparsities = self.arguments, dict[str, Tensor](), dict(self._sparsities)
+        if self._masks is not None:
+            return {layer.name: self._masks[layer.name].to(layer.base.weight.device) for layer in self.plan.layers}, {}
         by_entry = arguments.comparison_group == "block"
         if arguments.n_of_m is not None or (arguments.allocation == "uniform" and not by_entry):
             return masks, sparsities

@@ -13,7 +13,7 @@ from efx_plugin.engine.arguments import PruningArguments
 from efx_plugin.errors import EfxError
 from efx_plugin.method.allocation import ScoreCounts
 from efx_plugin.method.scores import foresight_scores, wanda_saliency
-from efx_plugin.model.adapters import LinearLayer, effective_weight, inner_model, linear_layers
+from efx_plugin.model.adapters import LinearLayer, active_adapters, effective_weight, inner_model, linear_layers
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,14 @@ def plan_blocks(
     heads, and vision towers and projectors of vision-language models, stay as they are, and the log says so.
 
     Args:
-        model: a transformers model or a PeftModel around one.
+        model: a transformers model or a PeftModel around one, perhaps without weights, on the meta device.
         arguments: their targets and ignore choose the layers.
         block_classes: class of the decoder blocks; None takes the model's own declaration.
 
     Raises:
         EfxError: no layer is targeted, one outside the decoder blocks is targeted by name, no blocks are found, a
-            weight is not finite, or its width does not suit the mask structure.
+            weight is not finite, its width does not suit the mask structure, or it has no adapter and the repair moves
+            one.
     """
     inner = inner_model(model)
     layers = linear_layers(model)
@@ -68,12 +69,17 @@ def plan_blocks(
     blocks = decoder_blocks(inner, block_classes)
     targeted = _inside(targeted, blocks, arguments, inner)
     for layer in targeted:
-        if not torch.isfinite(layer.base.weight).all():
+        if not layer.base.weight.is_meta and not torch.isfinite(layer.base.weight).all():
             raise EfxError(f"the weight of {layer.name} contains NaN or infinity: the model is damaged, load it anew")
         if arguments.n_of_m is not None and layer.base.in_features % arguments.n_of_m[1]:
             raise EfxError(
                 f"mask_structure {arguments.mask_structure!r} does not divide the {layer.base.in_features} inputs of "
                 f"{layer.name}: add it to ignore"
+            )
+        if arguments.uses_adapter and not active_adapters(layer):
+            raise EfxError(
+                f"repair {arguments.repair!r} moves a LoRA adapter and {layer.name} has none that is active and not "
+                "merged: pass the adapter, add the layer to ignore, or set repair to 'weights'"
             )
     plans, names = [], {layer.name for layer in targeted}
     for name, block in blocks.items():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from efx_plugin.engine.arguments import PruningArguments
 from efx_plugin.engine.blocks import PlannedBlock
 from efx_plugin.engine.decide import Evidence
-from efx_plugin.engine.distributed import all_reduce_sum, gather_objects, world
+from efx_plugin.engine.distributed import all_reduce_statistics, all_reduce_sum, gather_objects, world
 from efx_plugin.errors import EfxError
 from efx_plugin.method.statistics import InputStatistics
 from efx_plugin.model.adapters import LinearLayer
@@ -158,7 +158,7 @@ class BlockCalibration:
                 )
         for layer in self._plan.layers:
             if shared_with.get(layer.name) == layer.name:
-                self._statistics[layer.name].all_reduce()
+                all_reduce_statistics(self._statistics[layer.name])
 
     def _starved_experts(self) -> set[str]:
         """Layers of experts that too few tokens of all processes reach."""

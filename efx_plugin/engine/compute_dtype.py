@@ -1,4 +1,4 @@
-"""The dtype to compute in: float32 where the processor has no instructions for the dtype that a model is stored in.
+"""The dtype to compute in: float32 where the processor cannot multiply in the dtype that a model is stored in.
 
 Pruning, calibration, training and evaluation then run several times faster. Every float32 number that is a weight of
 the stored dtype is that weight, so nothing changes on the way there; on the way back each weight is rounded once, and
@@ -17,7 +17,7 @@ from loguru import logger
 from torch import Tensor, nn
 
 from efx_plugin.errors import EfxError
-from efx_plugin.machine import cpu_multiplies_in, cpu_name, free_memory, time_over_float32
+from efx_plugin.machine import cpu_multiplies_in, cpu_name, free_memory, time_over_float32, why_emulated
 
 _QUANTIZED = ("weight", "weight_scale", "weight_zero_point")
 CHOICES = ("auto", "float32", "checkpoint")
@@ -69,10 +69,10 @@ def choose_compute_dtype(stored: torch.dtype, parameters: int, wanted: str = "au
             )
         return ComputeDtype(
             stored,
-            f"computing in {name}, the model's dtype, although {cpu_name()} has no instructions for it and float32 "
-            f"would be faster: its {memory}, which does not leave enough",
+            f"computing in {name}, the model's dtype, although {why_emulated(stored)} and float32 would be faster: its "
+            f"{memory}, which does not leave enough",
         )
-    why = "as asked for" if wanted == "float32" else f"because {cpu_name()} has no instructions for {name}"
+    why = "as asked for" if wanted == "float32" else f"because {why_emulated(stored)}"
     return ComputeDtype(torch.float32, f"computing in float32 {why}; {memory}; weights are stored in {name} again")
 
 
@@ -163,8 +163,8 @@ def warn_of_slow_dtype(model: nn.Module, remedy: str) -> None:
     if cpu_multiplies_in(dtype) or (times := time_over_float32(dtype)) < _WORTH_A_NOTICE:
         return
     logger.warning(
-        f"the model is in {_name(dtype)}, for which {cpu_name()} has no instructions: matrix products would be "
-        f"{times:.1f} times faster in float32; {remedy}"
+        f"the model is in {_name(dtype)}, and {why_emulated(dtype)}: matrix products would be {times:.1f} times faster "
+        f"in float32; {remedy}"
     )
 
 

@@ -170,14 +170,11 @@ def decide(
     Args:
         weight: effective weight, fp32 [out, in].
         keep: mask, bool [out, in].
-        adapter: A of its adapters times their scalings, fp32 [rank, in]; None where there is none.
-
-    Raises:
-        EfxError: the repair moves an adapter and there is none.
+        adapter: A of its adapters times their scalings, fp32 [rank, in]; None where the repair uses none.
     """
     unknown, update = torch.full((3,), torch.nan), None
     if evidence.starved:
-        if needs_adapter(arguments) and adapter is not None:
+        if arguments.uses_adapter and adapter is not None:
             update = weight.new_zeros(len(weight), len(adapter))
         return Decision(keep, weight * keep, update, unknown)
     statistics = evidence.known
@@ -188,11 +185,7 @@ def decide(
             weight, keep, statistics.gram, steps=arguments.repair_steps, dampening_frac=arguments.dampening_frac
         )
     else:
-        if adapter is None:
-            raise EfxError(
-                f"repair {arguments.repair!r} moves a LoRA adapter and {name} has none: prune the model with "
-                "its adapter not merged yet, or set repair to 'weights'"
-            )
+        assert adapter is not None  # else plan_blocks has refused the layer
         damping = {"dampening_frac": arguments.dampening_frac}
         if arguments.repair == "paper":
             update = paper_update(weight, keep, statistics.energy, adapter, kappa=arguments.kappa, **damping)
@@ -201,11 +194,6 @@ def decide(
         pruned = updated_weight(weight, keep, update, adapter)
     errors = _errors(weight, keep, pruned, statistics.gram) if statistics.full else unknown
     return Decision(keep, pruned, update, errors)
-
-
-def needs_adapter(arguments: PruningArguments) -> bool:
-    """Whether the repair moves the adapter."""
-    return arguments.repair in ("paper", "adapter")
 
 
 def _errors(weight: Tensor, keep: Tensor, pruned: Tensor, gram: Tensor) -> Tensor:

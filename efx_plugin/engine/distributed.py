@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from efx_plugin.method.statistics import InputStatistics
+
 Anything = TypeVar("Anything")
 
 
@@ -27,6 +29,15 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     total = tensor.clone()
     dist.all_reduce(total)
     return total
+
+
+def all_reduce_statistics(statistics: InputStatistics) -> None:
+    """Add what every other process has seen, in place."""
+    if world()[1] > 1:
+        count = torch.tensor(statistics.count, device=statistics.sum.device)
+        dist.all_reduce(statistics.sum)
+        dist.all_reduce(count)
+        statistics.count = int(count)
 
 
 def broadcast(tensor: Tensor, source: int) -> None:

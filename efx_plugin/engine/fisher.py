@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import find_labels
 
-from efx_plugin.engine.distributed import all_reduce_sum
+from efx_plugin.engine.distributed import all_reduce_statistics, all_reduce_sum
 from efx_plugin.engine.memory import return_freed_memory
 from efx_plugin.errors import EfxError
 from efx_plugin.method.sensitivity import square_gradient_sum
@@ -96,7 +96,7 @@ class FisherStatistics:
                     "training a lower rate"
                 )
         for inputs in self.inputs.values():
-            inputs.all_reduce()
+            all_reduce_statistics(inputs)
         energies = {
             name: inputs.energy if inputs.count else torch.zeros(inputs.features)  # no token reached it
             for name, inputs in self.inputs.items()
@@ -168,6 +168,11 @@ def obstacle_to_loss(model: PreTrainedModel, batches: Iterable[Mapping[str, Tens
     if all(set(_label_names(model)) & batch.keys() for batch in batches):
         return None
     return f"a {type(model).__name__} has no loss on calibration data without {' and '.join(_label_names(model))}"
+
+
+def no_layer_allocation(reason: str) -> EfxError:
+    """What to say where there is no loss to measure and allocation "layer" cannot do without."""
+    return EfxError(f"{reason}, so allocation 'layer' cannot be measured: set allocation to 'matrix'")
 
 
 def is_language_model(model: PreTrainedModel) -> bool:

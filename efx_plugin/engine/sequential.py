@@ -58,6 +58,7 @@ def prune_in_sequence(
     sparsities: Mapping[str, float] | None = None,
     sensitivities: Mapping[str, Tensor] | None = None,
     running: RunningScores | None = None,
+    masks: Mapping[str, Tensor] | None = None,
     progress: str | None = None,
 ) -> list[PrunedLayer]:
     """Calibrate, prune and repair every planned block, in order.
@@ -71,7 +72,7 @@ def prune_in_sequence(
         arguments: how to prune.
         batches: calibration data.
         store: stores the decision for a layer such that the layer then computes as pruned.
-        sparsities, sensitivities, running: see `BlockPruner`.
+        sparsities, sensitivities, running, masks: see `BlockPruner`.
         progress: label of the progress bar; None shows none.
 
     Returns:
@@ -106,6 +107,7 @@ def prune_in_sequence(
                     token_mask=lambda: mask,
                     sensitivities=sensitivities,
                     running=running,
+                    masks=masks,
                 )
                 with ExitStack() as hooks:
                     pruner.attach(partial(register_hook, hooks))

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 # A Gram is symmetric: its rows are summed in this many parts, each from its diagonal on, which takes 5/8 of the flops.
 PARTS = 4
@@ -55,14 +54,6 @@ class InputStatistics:
         if self.count and not self._finished:
             self._finish(self.sum)
             self._finished = True
-
-    def all_reduce(self) -> None:
-        """Add what every other process of torch.distributed has seen; nothing where there is one."""
-        if dist.is_available() and dist.is_initialized():
-            count = torch.tensor(self.count, device=self.sum.device)
-            dist.all_reduce(self.sum)
-            dist.all_reduce(count)
-            self.count = int(count)
 
     @property
     def gram(self) -> Tensor:

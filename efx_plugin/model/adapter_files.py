@@ -10,11 +10,12 @@ from peft import LoraConfig
 from torch import Tensor
 
 from efx_plugin.checkpoint.storage import safetensors_file
+from efx_plugin.checkpoint.storage.shards import ADAPTER_CONFIG, ADAPTER_WEIGHTS, has_weights
 from efx_plugin.errors import EfxError, UsageError, one_line
 from efx_plugin.model.adapter_kinds import refuse_config, refuse_type
-from efx_plugin.model.model_files import ADAPTER_CONFIG, CLASSIFIERS, has_weights, inner_folders, read_json
+from efx_plugin.model.model_files import CLASSIFIERS, inner_folders, read_json
 
-_SAFETENSORS, _PICKLED = "adapter_model.safetensors", "adapter_model.bin"
+_SAFETENSORS, _PICKLED = ADAPTER_WEIGHTS
 # Initializations that change the base weights in a way that cannot be repeated when the adapter is loaded.
 _ONCE_ONLY = ("pissa_niter", "corda", "loftq", "lora_ga")
 

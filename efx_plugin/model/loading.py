@@ -7,7 +7,8 @@ fit is named within seconds, and nothing is dropped or made up.
 
 import logging
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from efx_plugin.checkpoint.storage import safetensors_file, shards
 from efx_plugin.errors import EfxError, one_line
 from efx_plugin.model.adapter_files import AdapterFiles, read_adapter
 from efx_plugin.model.adapters import merge_unusual
-from efx_plugin.model.model_files import ModelFiles, read_model
+from efx_plugin.model.model_files import ModelFiles, read_json, read_model
 
 _VOCABULARY_FILES = (
     "tokenizer.json",
@@ -47,6 +48,8 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_GENERATION_CONFIG = "generation_config.json"
+_PROCESSOR_CONFIG = "processor_config.json"
 # What torch says of a tensor of another shape.
 _OTHER_SHAPE = re.compile(
     r"size mismatch for (\S+): copying a param with shape torch\.Size\((\[.*?\])\) from checkpoint, "
@@ -82,17 +85,30 @@ class Sources:
     @property
     def processors(self) -> tuple[str, ...]:
         """Files of the processors for other inputs than text, such as images."""
-        return tuple(name for name in self.companions if name.endswith("processor_config.json"))
+        return tuple(name for name in self.companions if name.endswith(_PROCESSOR_CONFIG))
 
     @cached_property
     def companions(self) -> dict[str, Path]:
-        """Files that belong beside the weights, by name: tokenizer, templates, processors, generation config."""
+        """Files that belong beside the weights, by name: tokenizer, templates, processors, generation config.
+
+        Of those the adapter's folder has, its own are taken; the files of two tokenizers are never mixed.
+        """
         found = shards.companions(self.files.folder)
         if self.tokenizer_folder != self.files.folder:
-            kept = {name: path for name, path in found.items() if not _is_tokenizer_file(name)}
-            theirs = shards.companions(self.tokenizer_folder)
-            found = kept | {name: path for name, path in theirs.items() if _is_tokenizer_file(name)}
-        return found
+            found = {name: path for name, path in found.items() if not _is_tokenizer_file(name)}
+        return found | self._of_adapter
+
+    @cached_property
+    def _of_adapter(self) -> dict[str, Path]:
+        if self.adapter is None:
+            return {}
+        return {
+            name: path
+            for name, path in shards.companions(self.adapter.folder).items()
+            if (self.tokenizer_folder == self.adapter.folder and _is_tokenizer_file(name))
+            or name == _GENERATION_CONFIG
+            or name.endswith(_PROCESSOR_CONFIG)
+        }
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The adapter's tokenizer where its folder has one, else the model's.
@@ -109,9 +125,10 @@ class Sources:
             dtype: of the weights; "auto" keeps what is stored.
 
         Raises:
-            EfxError: a file has changed since it was looked at, or cannot be read.
+            EfxError: a file has changed since it was looked at, cannot be read, or holds NaN or infinity.
         """
         model, _ = _load_model(self.files, None, dtype)
+        _refuse_not_finite(dict(model.named_parameters()), self.files.folder)
         if self.adapter is None:
             return model
         return _add_adapter(model, self.adapter, self.vocabulary, rehearsal=False)
@@ -121,7 +138,9 @@ class Sources:
         lines = [f"model: {self.model_class.__name__} from {self.files.folder}"]
         if self.adapter is not None:
             lines.append(f"adapter: {len(self.adapter.tensors)} tensors from {self.adapter.folder}")
-        return [*lines, f"tokenizer: from {self.tokenizer_folder}", *self.notices]
+        lines.append(f"tokenizer: from {self.tokenizer_folder}")
+        others = [name for name in self._of_adapter if not _is_tokenizer_file(name)]
+        return [*lines, *(f"{name}: from {self._of_adapter[name].parent}" for name in others), *self.notices]
 
 
 def inspect_sources(model: Path, adapter: Path | None, *, trust_remote_code: bool = False) -> Sources:
@@ -136,6 +155,11 @@ def inspect_sources(model: Path, adapter: Path | None, *, trust_remote_code: boo
         EfxError: what cannot be pruned, in one sentence with the remedy.
     """
     files = read_model(model, trust_remote_code=trust_remote_code)
+    if shards.has_adapter(model) and (adapter is None or not adapter.samefile(model)):
+        raise EfxError(
+            f"{model} holds a model and an adapter beside it: if the adapter is merged already, remove its files, else "
+            f"pass --adapter {model} too"
+        )
     adapted = None if adapter is None else read_adapter(adapter, files.model_class.__name__, model)
     notices = [*files.notices, *(adapted.notices if adapted else ())]
     with _quiet():
@@ -172,7 +196,11 @@ def inspect_sources(model: Path, adapter: Path | None, *, trust_remote_code: boo
         notices.append(
             f"the tokenizer of {folder} has {tokens} tokens and the model {rows}: the last ones are unknown to it"
         )
-    return Sources(files, adapted, folder, vocabulary, skeleton, tuple(notices))
+    sources = Sources(files, adapted, folder, vocabulary, skeleton, tuple(notices))
+    for name, path in sources.companions.items():
+        if name == _GENERATION_CONFIG or name.endswith(_PROCESSOR_CONFIG):
+            read_json(path)  # what cannot be read would keep the expert from being loaded
+    return sources
 
 
 def _load_model(
@@ -180,20 +208,19 @@ def _load_model(
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model, of `tensors` on the meta device or of its files, and the names in the files that it does not take."""
     name = files.model_class.__name__
-    where: dict[str, Any] = {"device_map": "meta", "state_dict": tensors} if tensors is not None else {}
+    options: dict[str, Any] = {"config": deepcopy(files.config), "dtype": dtype, "output_loading_info": True}
     loaded: Any  # with output_loading_info a pair, which transformers' annotations leave out
     try:
-        loaded = files.model_class.from_pretrained(
-            files.folder if tensors is None else None,
-            config=deepcopy(files.config),
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=tensors is not None,
-            **where,
-        )
+        if tensors is None:
+            with _without_adapter(files.folder) as folder:
+                loaded = files.model_class.from_pretrained(folder, **options)
+        else:
+            options |= {"device_map": "meta", "state_dict": tensors, "ignore_mismatched_sizes": True}
+            loaded = files.model_class.from_pretrained(None, **options)
     except Exception as error:  # each family checks its sizes in its own way
         raise EfxError(f"transformers cannot make a {name} of {files.folder}: {one_line(error)}") from error
     model, info = loaded
+    model.config._name_or_path = str(files.folder)
     if any(".lora_" in key or ".base_layer." in key for key in info["unexpected_keys"]):
         raise EfxError(
             f"{files.folder} was stored with its adapter unmerged: store what "
@@ -212,6 +239,26 @@ def _load_model(
             hint = "if the model's output layer is its embedding, set tie_word_embeddings to true in config.json"
         raise EfxError(f"{files.folder} has no {min(missing)}, which a {name} needs: {hint}")
     return model, info["unexpected_keys"]
+
+
+@contextmanager
+def _without_adapter(folder: Path) -> Iterator[Path]:
+    """A model's folder as transformers may see it, which would add an adapter that it finds there: else links to the
+    other files."""
+    if not (folder / shards.ADAPTER_CONFIG).is_file():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as links:
+        for path in folder.iterdir():
+            if path.name != shards.ADAPTER_CONFIG:
+                Path(links, path.name).symlink_to(path.resolve())
+        yield Path(links)
+
+
+def _refuse_not_finite(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise EfxError(f"{name} in {folder} contains NaN or infinity: the weights are damaged, load them anew")
 
 
 def _add_adapter(model: PreTrainedModel, adapter: AdapterFiles, vocabulary: int | None, rehearsal: bool) -> nn.Module:
@@ -236,6 +283,8 @@ def _add_adapter(model: PreTrainedModel, adapter: AdapterFiles, vocabulary: int 
             f"the adapter in {adapter.folder} does not fit {type(model).__name__} ({reason}): pass the model that it "
             f"was trained on{_named_base(adapter)}"
         ) from error
+    if not rehearsal:
+        _refuse_not_finite(tensors, adapter.folder)
     if homeless := [name for name in result.unexpected_keys if not adapter.is_copy(name)]:
         raise EfxError(
             f"the adapter in {adapter.folder} holds {min(homeless)}, which has no place in a {type(model).__name__}: "
@@ -243,8 +292,8 @@ def _add_adapter(model: PreTrainedModel, adapter: AdapterFiles, vocabulary: int 
         )
     if lost := [name for name in result.missing_keys if _belongs_to_adapter(adapted, name)]:
         raise EfxError(
-            f"the adapter in {adapter.folder} has no {min(lost)}, which its config asks for: it was not saved whole, "
-            "copy it anew"
+            f"the adapter in {adapter.folder} has no {min(lost)}, which its config asks for in this model: "
+            f"copy it anew if it was not saved whole, else pass the model that it was trained on{_named_base(adapter)}"
         )
     try:
         merge_unusual(adapted)
@@ -340,6 +389,11 @@ def _read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenize
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a tokenizer of some kind stumbles over
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise EfxError(
+                f"the tokenizer in {folder} has code of its own, which would have to run: read it and pass "
+                "--trust-remote-code"
+            ) from error
         raise EfxError(f"the tokenizer in {folder} cannot be read ({one_line(error)}): copy it anew") from error
 
 

@@ -14,9 +14,9 @@ from transformers.models.auto import modeling_auto
 
 from efx_plugin.checkpoint.config import sparsity_in
 from efx_plugin.checkpoint.storage import safetensors_file
+from efx_plugin.checkpoint.storage.shards import ADAPTER_CONFIG, has_weights
 from efx_plugin.errors import EfxError, UsageError, one_line
 
-ADAPTER_CONFIG = "adapter_config.json"
 # The heads that an adapter's task_type stands for: what the name of a class with such a head ends in.
 CLASSIFIERS = {
     "SEQ_CLS": "ForSequenceClassification",
@@ -101,11 +101,6 @@ def inner_folders(folder: Path, file: str) -> list[Path]:
     )
 
 
-def has_weights(folder: Path) -> bool:
-    """Whether a folder holds weights of a whole model in safetensors."""
-    return any((folder / name).is_file() for name in (safetensors_file.SINGLE_FILE, safetensors_file.INDEX_FILE))
-
-
 def _refuse_other_folders(folder: Path) -> None:
     """A folder that holds an adapter, checkpoints of a Trainer, or weights of another kind."""
     if (folder / ADAPTER_CONFIG).is_file() and not has_weights(folder):
@@ -153,7 +148,7 @@ def _refuse_quantized(folder: Path, raw: Mapping[str, Any]) -> None:
 def _read_index(folder: Path) -> Mapping[str, safetensors_file.StoredTensor]:
     index = safetensors_file.read_index(folder)
     for name, stored in index.items():
-        if not stored.dtype.is_floating_point and name.endswith(".weight"):
+        if name.endswith(".weight") and not (stored.dtype.is_floating_point and stored.dtype.itemsize > 1):
             raise EfxError(
                 f"{name} in {folder} is stored as {str(stored.dtype).removeprefix('torch.')}, so the model is "
                 "quantized: pass the original model in bfloat16"

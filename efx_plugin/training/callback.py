@@ -31,6 +31,7 @@ from efx_plugin.engine.decide import Decision, RunningScores
 from efx_plugin.engine.distributed import gather_objects, world
 from efx_plugin.engine.report import measures
 from efx_plugin.engine.sequential import prune_in_sequence
+from efx_plugin.engine.zeros import pack_mask, unpack_mask
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import (
     LinearLayer,
@@ -47,7 +48,7 @@ from efx_plugin.model.adapters import (
 from efx_plugin.model.masked import has_dropout, install_mask, mask_of, remove_mask
 from efx_plugin.training.recorder import Recorder
 from efx_plugin.training.schedule import pruning_steps
-from efx_plugin.training.state import link_state, pack_mask, read_state, unpack_mask, write_state
+from efx_plugin.training.state import link_state, read_state, write_state
 
 # Files in the Trainer's checkpoint: one for all processes, and one for each.
 _PRUNED = "efficientxpert.safetensors"

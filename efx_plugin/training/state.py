@@ -5,8 +5,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -68,13 +66,3 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path.name} {reason} in {path.parent}, so training under masks cannot go on from there: resume from an "
             "earlier checkpoint"
         ) from error
-
-
-def pack_mask(keep: Tensor) -> Tensor:
-    """A bool mask as bits, uint8 [ceil(size / 8)]."""
-    return torch.from_numpy(np.packbits(keep.cpu().numpy()))
-
-
-def unpack_mask(bits: Tensor, shape: torch.Size) -> Tensor:
-    """The bool mask of `shape` that `pack_mask` packed."""
-    return torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel())).bool().reshape(shape)

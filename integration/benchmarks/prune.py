@@ -42,7 +42,7 @@ from efx_plugin.method.repair import paper_update
 from efx_plugin.model.adapters import linear_layers
 from efx_plugin.modifier import EfficientXpertModifier
 from efx_plugin.training import EfficientXpertCallback
-from integration.assets import make_once, smollm2, splits, token_blocks
+from integration.assets import smollm2, splits, token_blocks
 from integration.benchmarks.progress import progress_on
 from integration.benchmarks.timing import OUTPUT, interleave, ratio, ratios, spread, timed, write_json
 from integration.demo import (
@@ -56,6 +56,7 @@ from integration.demo import (
     versions,
 )
 from integration.expert import PROJECTIONS, train_lora
+from integration.packages import make_once
 
 RECIPES = RIVALS | {"best": "expert_50.yaml"}
 # The configurations without a recipe differ in their repair, and are named after it.

@@ -36,9 +36,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from efx_plugin.checkpoint import save_sparse
 from efx_plugin.errors import EfxError
 from efx_plugin.machine import cpu_name
-from integration.assets import make_once
 from integration.benchmarks.progress import progress_on
 from integration.benchmarks.timing import OUTPUT, interleave, process, ratio, ratios, spread, timed, write_json
+from integration.packages import make_once
 
 MODEL = {
     "vocab_size": 32_000,

@@ -352,6 +352,9 @@ def test_an_invalid_generation_config_does_not_cost_the_weights(tmp_path, caplog
     stored = json.loads((tmp_path / "sparse" / "generation_config.json").read_text())
     assert (stored["temperature"], stored["max_new_tokens"]) == (0.9, 7)
     assert_same(model, load_sparse(tmp_path / "sparse"))
+    (tmp_path / "sparse" / "generation_config.json").write_text('{"temperature": ')
+    with pytest.raises(SparseCheckpointError, match=r"generation_config\.json is not the JSON it should hold"):
+        load_sparse(tmp_path / "sparse")
 
 
 def test_a_tokenizer_that_cannot_be_stored_does_not_cost_the_weights(tmp_path, caplog):
@@ -570,7 +573,19 @@ def test_sources_that_cannot_be_exported(tmp_path, saved, dense):
     shard.unlink()
     refuse(f"{shard.name}, which .* is missing", tmp_path, export_checkpoint, source)
     (source / "adapter_config.json").write_text("{}")
+    (source / "adapter_model.safetensors").touch()
+    refuse(r"source holds a model and an adapter beside it: if", tmp_path, export_checkpoint, source)
+    (source / "model.safetensors.index.json").unlink()
     refuse(r"source is an adapter: merge it with efx_plugin\.merge_adapters", tmp_path, export_checkpoint, source)
+
+
+def test_an_adapters_config_left_over_from_a_merge_is_not_exported(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "merged")
+    (tmp_path / "merged" / "adapter_config.json").write_text("{}")
+    export_checkpoint(tmp_path / "merged", tmp_path / "sparse", progress=False)
+    assert not (tmp_path / "sparse" / "adapter_config.json").exists()
+    assert_same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "sparse"))
 
 
 # Disks that fill up, and processes that die.

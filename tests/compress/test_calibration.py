@@ -4,6 +4,7 @@ import json
 
 import pytest
 from loguru import logger
+from tokenizers import Regex, normalizers
 from tokenizers.processors import TemplateProcessing
 
 from efx_plugin.compress.calibration import calibration_set
@@ -34,10 +35,11 @@ def without_end():
     return tokenizer
 
 
-def sequences(tmp_path, records, tokenizer, *, samples=1, length=2, text_field=None):
+def sequences(tmp_path, records, tokenizer, *, samples=1, length=2, text_field=None, vocabulary=128):
     path = tmp_path / "domain.jsonl"
     path.write_text("\n".join(json.dumps(record) for record in records))
-    return calibration_set(str(path), tokenizer, samples=samples, length=length, text_field=text_field)
+    options = {"samples": samples, "length": length, "text_field": text_field, "vocabulary": vocabulary}
+    return calibration_set(str(path), tokenizer, **options)
 
 
 @pytest.mark.parametrize(
@@ -125,3 +127,35 @@ def test_too_little_text_is_said_or_refused(tmp_path, monkeypatch):
     assert len(said) == 1 and "8 tokens, enough for 2 sequences of 3, not 3" in said[0]
     with pytest.raises(EfxError, match="has only 2 tokens and one calibration sequence takes 3"):
         sequences(tmp_path, [{"text": "t5"}], tiny_tokenizer(), length=3)
+
+
+@pytest.mark.parametrize(("text", "token"), [("t5 <new> t6", "'<new>', number 128"), ("t5 t6", "'<end>', number 129")])
+def test_a_token_that_the_model_does_not_embed_is_named_with_its_line(tmp_path, text, token):
+    tokenizer = tiny_tokenizer(128)
+    tokenizer.add_tokens(["<new>"])
+    if "<new>" not in text:
+        tokenizer.add_special_tokens({"eos_token": "<end>"})
+    with pytest.raises(EfxError, match=rf"line 1 of .* becomes the token {token}, and the model embeds 128 tokens"):
+        sequences(tmp_path, [{"text": text}], tokenizer)
+    assert len(sequences(tmp_path, [{"text": text}], tokenizer, vocabulary=130)) == 1
+
+
+def test_blank_texts_have_no_tokens_and_other_texts_have_some(tmp_path):
+    found = sequences(
+        tmp_path, [{"text": "t5"}, {"text": ""}, {"text": " \n"}, {"text": "t6"}], tiny_tokenizer(), length=4
+    )
+    assert found["input_ids"] == [[5, END, 6, END]]
+    with pytest.raises(EfxError, match="has only 0 tokens"):
+        sequences(tmp_path, [{"text": " "}] * 50, tiny_tokenizer())
+    mute = tiny_tokenizer()
+    mute.backend_tokenizer.normalizer = normalizers.Replace(Regex("t[0-9]+"), "")
+    with pytest.raises(
+        EfxError, match=r"makes no token of the text in line 1 of .*: pass the tokenizer that the model"
+    ):
+        sequences(tmp_path, [{"text": "t5 t6"}], mute)
+
+
+def test_text_that_the_tokenizer_does_not_know_is_refused(tmp_path):
+    assert len(sequences(tmp_path, [{"text": "t5 t6 ?"}], tiny_tokenizer(), length=4)) == 1
+    with pytest.raises(EfxError, match=r"does not know 75% of the tokens in .*domain\.jsonl"):
+        sequences(tmp_path, [{"text": "one two three t6"}], tiny_tokenizer(), length=4)

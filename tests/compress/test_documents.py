@@ -84,6 +84,8 @@ def test_a_record_is_placed_by_its_first_line(tmp_path, name, content, places, t
         ("a.json", b"[]", "is empty"),
         ("a.csv", b"text\n", "is empty"),
         ("a.parquet", b"PAR1", "is no Parquet file that can be read"),
+        ("a.jsonl", gzip.compress(b"{}"), r"is compressed with gzip: rename it to a\.jsonl\.gz"),
+        ("a.jsonl", b'{"text": "cut', "line 1 of .* is broken JSON: unterminated string starting at character 10"),
         ("a.txt.gz", b"plain text", "is no complete gzip file"),
         ("a.txt.gz", gzip.compress(b"some text")[:-9], "is no complete gzip file"),
     ],

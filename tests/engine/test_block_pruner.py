@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 
 from efx_plugin.engine.arguments import PruningArguments
 from efx_plugin.engine.block_pruner import BlockPruner
-from efx_plugin.engine.blocks import PlannedBlock
+from efx_plugin.engine.blocks import PlannedBlock, plan_blocks
 from efx_plugin.engine.decide import RunningScores
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import linear_layers
@@ -107,12 +107,17 @@ def test_repairs_keep_the_mask_and_report_what_they_gain(saliency, repair):
     assert all(result.gain is None for result in results) == (repair == "paper" and saliency == "wanda")
 
 
+@pytest.mark.parametrize("on_meta", [False, True], ids=["with weights", "without"])
 @pytest.mark.parametrize("repair", ["paper", "adapter"])
-def test_a_repair_of_the_adapter_needs_one(repair):
-    with pytest.raises(
-        EfxError, match=f"repair '{repair}' moves a LoRA adapter and model.layers.1.self_attn.q_proj has"
-    ):
-        prune(repair=repair, comparison_group="matrix")
+def test_a_repair_of_the_adapter_needs_one(repair, on_meta):
+    model, arguments = tiny_llama().to("meta" if on_meta else "cpu"), PruningArguments(repair=repair)
+    said = f"repair '{repair}' moves a LoRA adapter and model.layers.0.self_attn.{{}} has none"
+    with pytest.raises(EfxError, match=said.format("q_proj")):
+        plan_blocks(model, arguments)
+    adapter = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(EfxError, match=said.format("k_proj")):
+        plan_blocks(adapter, arguments)
+    assert plan_blocks(adapter, arguments.model_copy(update={"targets": "re:.*q_proj"}))
 
 
 def test_a_mapping_gives_each_layer_its_sparsity():

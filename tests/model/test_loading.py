@@ -280,6 +280,12 @@ def test_a_pickled_adapter_arrives(base, adapter):
     torch.testing.assert_close(logits(merged(inspect_sources(base, adapter).load())), expected)
 
 
+def test_an_adapter_for_fewer_layers_is_refused_with_the_first_that_it_lacks(tmp_path, adapter):
+    deeper = save_tiny_llama(tmp_path / "deeper", num_hidden_layers=3)
+    sentence = refused(deeper, adapter)
+    assert "has no base_model.model.model.layers.2" in sentence and "pass the model that it was trained on" in sentence
+
+
 def test_an_adapter_for_another_base_is_said(base, adapter):
     assert not inspect_sources(base, adapter).notices
     edit(adapter / "adapter_config.json", base_model_name_or_path="meta/Llama-0")
@@ -305,6 +311,12 @@ def with_a_name_too_many(m: Path) -> None:
     index = json.loads((m / "model.safetensors.index.json").read_text())
     index["weight_map"]["model.extra.weight"] = "model-00009-of-00009.safetensors"
     (m / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def in_fp8(m: Path) -> None:
+    path = m / "model.safetensors"
+    tensors = {name: t.to(torch.float8_e4m3fn) if "_proj" in name else t for name, t in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
 
 
 def stored_as(make):
@@ -379,6 +391,17 @@ MODELS = {
         lambda m: (m / "model.safetensors").write_bytes((m / "model.safetensors").read_bytes()[:-7]),
         "model.safetensors",
     ),
+    "FP8 without a config": (in_fp8, "stored as float8_e4m3fn, so the model is quantized"),
+    "generation config cut off": (
+        lambda m: (m / "generation_config.json").write_text('{"temperature": '),
+        "generation_config.json cannot be read",
+    ),
+    "tokenizer with code": (
+        lambda m: edit(
+            m / "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", None]}
+        ),
+        "has code of its own",
+    ),
     "a shard missing": (without_a_shard, "model-00002"),
     "a name too many in the index": (with_a_name_too_many, "model-00009"),
     "without weights": (lambda m: (m / "model.safetensors").unlink(), "neither model.safetensors nor"),
@@ -399,10 +422,39 @@ def test_a_model_that_cannot_be_pruned_is_refused_in_one_sentence(base, spoil, e
     assert expected in refused(base)
 
 
+@pytest.mark.parametrize("of_adapter", [True, False], ids=["adapter", "model"])
+def test_weights_that_are_no_numbers_are_named_once_they_are_read(base, adapter, of_adapter):
+    path = adapter / "adapter_model.safetensors" if of_adapter else base / "model.safetensors"
+    tensors = load_file(path)
+    name = max(tensors)
+    tensors[name].view(-1)[-1] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    sources = inspect_sources(base, adapter)
+    with pytest.raises(EfxError, match=rf"{path.parent} contains NaN or infinity"):
+        sources.load()
+
+
 def test_an_adapter_as_model_is_answered_with_the_right_command(base, adapter):
     assert f"efx prune {base} OUTPUT --adapter {adapter}" in refused(adapter)
-    shutil.copy(adapter / "adapter_config.json", base)  # left over beside merged weights
-    inspect_sources(base, None)
+
+
+def test_a_config_left_over_from_a_merge_is_ignored(base, adapter):
+    expected = logits(inspect_sources(base, None).load())
+    shutil.copy(adapter / "adapter_config.json", base)
+    sources = inspect_sources(base, None)
+    loaded = sources.load()
+    assert torch.equal(logits(loaded), expected)
+    assert loaded.config._name_or_path == str(base)
+    assert "adapter_config.json" not in sources.companions
+
+
+def test_an_adapter_beside_a_model_is_merged_once_or_not_at_all(base, adapter):
+    expected = logits(merged(inspect_sources(base, adapter).load()))
+    for path in adapter.glob("adapter_*"):
+        shutil.copy(path, base)
+    assert f"if the adapter is merged already, remove its files, else pass --adapter {base} too" in refused(base)
+    assert "holds a model and an adapter beside it" in refused(base, adapter)
+    torch.testing.assert_close(logits(merged(inspect_sources(base, base).load())), expected)
 
 
 def test_a_trainers_output_as_model_is_answered_with_its_last_checkpoint(tmp_path, base):
@@ -430,6 +482,8 @@ def test_the_tokenizer_is_the_adapters_where_it_has_one(base, adapter, of_adapte
         tokenizer.chat_template = "{{ messages[0].content }}"
         tokenizer.save_pretrained(adapter)
     (base / "generation_config.json").write_text("{}")
+    (base / "preprocessor_config.json").write_text("{}")
+    (adapter / "preprocessor_config.json").write_text("{}")
     (adapter / "training_args.bin").touch()
     sources = inspect_sources(base, adapter)
     expected = adapter if of_adapter else base
@@ -438,6 +492,8 @@ def test_the_tokenizer_is_the_adapters_where_it_has_one(base, adapter, of_adapte
     assert sources.companions["tokenizer.json"] == expected / "tokenizer.json"
     assert ("chat_template.jinja" in sources.companions) is of_adapter
     assert sources.companions["generation_config.json"].parent == base
+    assert sources.companions["preprocessor_config.json"].parent == adapter
+    assert f"preprocessor_config.json: from {adapter}" in sources.describe()
     assert not {"training_args.bin", "adapter_config.json", "adapter_model.safetensors"} & sources.companions.keys()
 
 

@@ -71,13 +71,17 @@ class FakeGpu:
         for name, value in {
             "get_device_capability": lambda device: self.capability,
             "current_device": lambda: None,  # the index of torch.device("cpu")
-            "current_stream": lambda device: self.stream,
+            "current_stream": lambda device=None: self.stream,
             "is_current_stream_capturing": lambda: self.is_capturing,
             "Event": Event,
         }.items():
             patch.setattr(torch.cuda, name, value)
         for made_once in (kernel.loaded, buffer.panel_buffer):
             made_once.cache_clear()
+
+    def launch(self, symbol: str, arguments: Sequence[Tensor | int | None]) -> None:
+        """Compute what a function computes."""
+        {"efx_decode": _decode, "efx_expand": _expand}[symbol](*arguments)
 
     def _compile(self, source: str, name: str, defines: dict[str, int], arch: str) -> bytes:
         self.compiled.append(defines)
@@ -99,7 +103,7 @@ class Function:
         numbers = tuple(one for one in arguments if isinstance(one, int))
         self.gpu.launched.append(Launched(self.symbol, stream, grid, block, shared_bytes, numbers))
         with _disable_current_modes(), torch.no_grad():  # a device's work is none of the host's
-            {"efx_decode": _decode, "efx_expand": _expand}[self.symbol](*arguments)
+            self.gpu.launch(self.symbol, arguments)
 
 
 def _decode(

@@ -2,22 +2,12 @@ import os
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from efx_plugin.errors import EfxError
-from efx_plugin.training.state import link_state, pack_mask, read_state, unpack_mask, write_state
+from efx_plugin.training.state import link_state, read_state, write_state
 
 TENSORS = {"weight": torch.arange(6.0).bfloat16().reshape(2, 3).T, "mask": torch.tensor([3, 4], dtype=torch.uint8)}
 VALUES = {"pruned": 2, "arguments": {"sparsity": {"re:.*": 0.5}}, "fraction": 1 / 3}
-
-
-@given(rows=st.integers(1, 20), columns=st.integers(1, 20), seed=st.integers(0, 100))
-def test_masks_survive_as_bits(rows, columns, seed):
-    keep = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5
-    bits = pack_mask(keep)
-    assert bits.numel() == -(-rows * columns // 8)
-    assert torch.equal(unpack_mask(bits, keep.shape), keep)
 
 
 @pytest.fixture

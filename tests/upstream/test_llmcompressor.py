@@ -6,7 +6,8 @@ import inspect
 import pytest
 import torch
 from llmcompressor.core import State
-from llmcompressor.modeling.moe.linearize import repack_moe
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modeling.moe.linearize import get_non_linearized_moes, repack_moe
 from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 
@@ -76,6 +77,19 @@ def test_experts_are_packed_again(model):
     holds(not any(map(_is_linear, packed.modules())), HOST, "repack_moe leaves experts apart", "efx_plugin.compress")
     same = torch.allclose(packed(tokens).logits, expected, atol=1e-4)
     holds(same, HOST, "repack_moe changes what the model computes", "efx_plugin.compress")
+
+
+def test_experts_are_found_and_taken_apart_kind_by_kind():
+    model, user = tiny_model("Mixtral", linearize=False), "efx_plugin.compress.experts"
+    (name, experts), *_ = get_non_linearized_moes(model)
+    holds(model.get_submodule(name) is experts, HOST, "get_non_linearized_moes gives no names and modules", user)
+    config = getattr(experts, "config", model.config)
+    kind = LinearExperts2D.get_linear_experts_cls(type(experts))
+    empty, full = kind(config), kind.from_experts_module(experts, config)
+    same = [(n, p.shape) for n, p in empty.named_parameters()] == [(n, p.shape) for n, p in full.named_parameters()]
+    holds(same, HOST, "experts taken apart are not what their class makes of a config", user)
+    back = full.to_experts_module()
+    holds(type(back) is type(experts), HOST, "to_experts_module gives another class back", user)
 
 
 def test_blocks_are_found_by_their_class(model):

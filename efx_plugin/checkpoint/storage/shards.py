@@ -26,7 +26,9 @@ _NOT_COPIED_SUFFIXES = (
     ".msgpack",
 )
 PROVENANCE_FILE = "provenance.json"
-_NOT_COPIED = ("config.json", "README.md", PROVENANCE_FILE, checksums.FILE)
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_NOT_COPIED = ("config.json", "README.md", PROVENANCE_FILE, checksums.FILE, ADAPTER_CONFIG)
 _COPIED_DIRECTORY = "additional_chat_templates"
 
 
@@ -48,6 +50,16 @@ def write_shards(destination: Path, source: Source, shards: list[list[Item]], wr
             destination / safetensors_file.INDEX_FILE,
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
         )
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a directory holds weights of a whole model in safetensors."""
+    return any((directory / name).is_file() for name in (safetensors_file.SINGLE_FILE, safetensors_file.INDEX_FILE))
+
+
+def has_adapter(directory: Path) -> bool:
+    """Whether a directory holds an adapter with its weights; a config alone is left over from a merge."""
+    return all(any((directory / name).is_file() for name in names) for names in ((ADAPTER_CONFIG,), ADAPTER_WEIGHTS))
 
 
 def companions(source: Path) -> dict[str, Path]:

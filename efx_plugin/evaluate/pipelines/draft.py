@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from efx_plugin.checkpoint import save_sparse
 from efx_plugin.engine.blocks import linears_in_blocks
 from efx_plugin.engine.compute_dtype import choose_for, convert, restore, stored_dtype
+from efx_plugin.engine.sequential import Batch
 from efx_plugin.errors import EfxError
 from efx_plugin.evaluate import bits
 from efx_plugin.evaluate.pipelines.damage import DenseWeights
@@ -104,6 +105,19 @@ class Draft:
             shuffle_calibration_samples=False,
         )
 
+    def batches(self) -> list[Batch]:
+        """The task's calibration sequences for the engine."""
+        sequences = self.task.calibration.split(1)
+        return [Batch({"input_ids": one}, torch.ones_like(one, dtype=torch.bool)) for one in sequences]
+
+    def round(self) -> PreTrainedModel:
+        """The plain model, its weights rounded to what is stored of them, experts as the architecture has them."""
+        model = self.merge()
+        model.eval()
+        repack_moe(model)
+        restore(model, self.dtypes)
+        return model
+
     def finish(self, dense: DenseWeights | None = None) -> PipelineResult:
         """The pruned model, rounded to what is stored, and measured: bits are those of a sparse checkpoint of it.
 
@@ -116,12 +130,10 @@ class Draft:
         model = self.merge()
         layers = describe(self.targets, damage={} if dense is None else dense.damage(model, self.task.calibration))
         sparsity = _sparsity(self.targets)
-        restore(repack_moe(model), self.dtypes)
+        model = self.round()
         checkpoint = self.task.output / "checkpoint"
         save_sparse(model, checkpoint, progress=False)
-        return PipelineResult(
-            model.eval(), sparsity, bits.stored(checkpoint), bits.served(checkpoint), layers, self.notes
-        )
+        return PipelineResult(model, sparsity, bits.stored(checkpoint), bits.served(checkpoint), layers, self.notes)
 
 
 def describe(layers: Sequence[LinearLayer], damage: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -4,6 +4,11 @@ from efx_plugin.evaluate.pipelines.dense import Dense
 from efx_plugin.evaluate.pipelines.lazy import Lazy
 from efx_plugin.evaluate.pipelines.protocol import Pipeline
 
+
+def _trained(name: str, function: str, *, ours: bool = False) -> Lazy:
+    return Lazy(name, "trained", f"trained.{function}", ours=ours, needs_adapter=False, needs_training=True)
+
+
 _ALL: tuple[Pipeline, ...] = (
     Dense("base", needs_adapter=False),
     Dense("lora", needs_adapter=True),
@@ -18,6 +23,11 @@ _ALL: tuple[Pipeline, ...] = (
     Lazy("lora+w3", "quantized", "quantized.w3"),
     Lazy("lora+expert+w8", "sparse and quantized", "quantized.expert_w8", ours=True),
     Lazy("lora+expert+w4", "sparse and quantized", "quantized.expert_w4", ours=True),
+    _trained("wanda+masked-lora", "wanda_then_lora"),
+    _trained("sparsegpt+masked-lora", "sparsegpt_then_lora"),
+    _trained("published", "published"),
+    _trained("as-released", "as_released"),
+    _trained("expert", "expert", ours=True),
 )
 
 PIPELINES: dict[str, Pipeline] = {pipeline.name: pipeline for pipeline in _ALL}

@@ -82,7 +82,7 @@ class CudaKernel:
         y = x.new_empty((*leading, out_features))
         tokens = math.prod(leading)
         if tokens:
-            x = _prepared(x.reshape(tokens, columns))
+            x = prepared(x.reshape(tokens, columns))
             bias = None if bias is None else bias.contiguous()
             loaded(x.device, x.dtype).multiply(x, starts, records, bias, y.view(tokens, out_features))
         return y
@@ -103,6 +103,9 @@ class Loaded:
     Args:
         device: with an index.
         dtype: of weights and activations.
+
+    Attributes:
+        buffer: what panels are expanded into.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -121,23 +124,24 @@ class Loaded:
         self._decode = [(variant, load(variant)) for variant in variants.decode_variants(dtype)]
         self._expand_variant = variants.expand_variant(dtype)
         self._expand = load(self._expand_variant)
-        self._buffer = panel_buffer(device)
+        self.buffer = panel_buffer(device)
 
     def multiply(self, x: Tensor, starts: Tensor, records: Tensor, bias: Tensor | None, y: Tensor) -> None:
         """Set y [tokens, out] to x [tokens, in] times the packed weight, plus bias.
 
         Args:
-            x: aligned, contiguous and whole tiles wide, with zeros beyond the weight.
+            x: from `prepared`.
             starts, records: as packed.
             bias: contiguous.
             y: contiguous.
         """
         if x.shape[0] <= self._crossover:
-            self._multiply_records(x, starts, records, bias, y)
+            self.multiply_records(x, starts, records, bias, y)
         else:
-            self._multiply_panels(x, starts, records, bias, y)
+            self.multiply_panels(x, starts, records, bias, y)
 
-    def _multiply_records(self, x: Tensor, starts: Tensor, records: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    def multiply_records(self, x: Tensor, starts: Tensor, records: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        """`multiply` for up to 64 tokens."""
         (tokens, columns), rows = x.shape, y.shape[1]
         variant, function = next(pair for pair in self._decode if tokens <= pair[0].tokens)
         how = _launch(variant, rows, columns)
@@ -145,10 +149,11 @@ class Loaded:
         arguments = (x, starts, records, bias, y, tokens, rows, columns)
         function.launch(how.grid, how.block, how.shared_bytes, stream, arguments)
 
-    def _multiply_panels(self, x: Tensor, starts: Tensor, records: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    def multiply_panels(self, x: Tensor, starts: Tensor, records: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        """`multiply` by cuBLAS on expanded panels."""
         columns = x.shape[1]
         stream = torch.cuda.current_stream(self._device)
-        with self._buffer.borrowed(stream, x.dtype) as buffer:
+        with self.buffer.borrowed(stream, x.dtype) as buffer:
             for first, rows in panels(y.shape[1], columns):
                 how = _launch(self._expand_variant, rows, columns)
                 dense = buffer[: rows * columns].view(rows, columns)
@@ -182,7 +187,7 @@ def _launch(variant: Variant, rows: int, columns: int) -> Launch:
     return variants.launch(variant, rows, columns)
 
 
-def _prepared(x: Tensor) -> Tensor:
+def prepared(x: Tensor) -> Tensor:
     """Activations [tokens, in] as the functions take them: copied where they are not so already."""
     beyond = -x.shape[1] % layout.TILE_COLUMNS
     x = torch.nn.functional.pad(x, (0, beyond)) if beyond else x.contiguous()

@@ -11,7 +11,6 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -133,8 +132,8 @@ class NativeKernel:
             buffer[: 8 * _HEADER].view(torch.int64).tolist()
         )
         dtype, width = (torch.bfloat16, 2) if kind == _KINDS["bf16"] else (torch.int8, 4)
-        masks = buffer[masks_at : masks_at + blocks * groups * _BLOCK * width // 8].numpy()
-        kept = torch.from_numpy(np.unpackbits(masks, bitorder="little").view(bool))
+        masks = buffer[masks_at : masks_at + blocks * groups * _BLOCK * width // 8]
+        kept = (masks[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten()
         values = buffer[values_at : values_at + count * dtype.itemsize].view(dtype)
         dense = torch.zeros(kept.shape, dtype=dtype).masked_scatter_(kept, values)
         dense = dense.view(blocks, groups, _BLOCK, width).transpose(1, 2).reshape(blocks * _BLOCK, groups * width)

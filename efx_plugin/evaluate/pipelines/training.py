@@ -1,0 +1,144 @@
+"""How every trained pipeline trains: a new LoRA adapter, the same tokens, and the same choice of learning rates.
+
+A part of the training sequences is kept for validation. Each rate trains an expert of its own on the rest, once over
+it, and the one that predicts the validation part best is the pipeline's result.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from efx_plugin.errors import EfxError
+from efx_plugin.evaluate.pipelines.draft import Draft
+from efx_plugin.evaluate.pipelines.protocol import PipelineResult, PipelineTask
+
+# The part of the training sequences that rates are chosen on.
+_VALIDATION = 0.1
+
+
+# Arguments of every trained pipeline: the rates to choose from, at their peak, and the sequences of a step.
+CHOICES: dict[str, Any] = {"learning_rates": (3e-4, 1e-3, 3e-3), "batch_size": 4}
+
+
+def adapt(draft: Draft) -> None:
+    """Put a new adapter on a plain model: of the configuration of the task's adapter, else of rank 8 on every layer.
+
+    Raises:
+        EfxError: the configuration cannot be read, or does not fit the model.
+    """
+    task = draft.task
+    set_seed(task.seed)
+    try:
+        if task.adapter is None:
+            config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        else:
+            config = LoraConfig.from_pretrained(task.adapter)
+            config.inference_mode, config.init_lora_weights = False, True
+        draft.network = get_peft_model(draft.merge(), config)
+    except (ValueError, TypeError, OSError) as error:
+        raise EfxError(f"{task.adapter} does not describe a LoRA adapter for {task.model}: {error}") from error
+
+
+def train(draft: Draft, rate: float, callbacks: Sequence[TrainerCallback] = ()) -> None:
+    """Train the adapter of a draft on the task's training sequences but those for validation.
+
+    The rate rises over the first tenth of the steps and falls to zero, both linearly.
+    """
+    task, (sequences, _) = draft.task, split(draft.task)
+    batch_size = task.arguments.get("batch_size", CHOICES["batch_size"])
+    trainer = Trainer(
+        model=draft.network,
+        args=TrainingArguments(
+            output_dir=str(task.output / "trainer"),
+            per_device_train_batch_size=batch_size,
+            num_train_epochs=1,
+            learning_rate=rate,
+            lr_scheduler_type="linear",
+            warmup_steps=math.ceil(len(sequences) / batch_size / 10),
+            bf16=next(draft.network.parameters()).dtype == torch.bfloat16,
+            use_cpu=not torch.accelerator.is_available(),  # bf16 is refused on a CPU that is not asked for
+            seed=task.seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+        ),
+        train_dataset=[{"input_ids": sequence, "labels": sequence} for sequence in sequences],
+        data_collator=default_data_collator,
+        callbacks=list(callbacks),
+    )
+    trainer.train()
+    # The Trainer leaves the model's forward under autocast.
+    draft.network = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+
+
+def best_of_rates(task: PipelineTask, make: Callable[[float], Draft], *notes: str) -> PipelineResult:
+    """The expert of the rate that predicts the validation sequences best; it predicts them badly where it diverged.
+
+    Memory holds one model: the best one so far waits in a file.
+
+    Args:
+        make: trains at a rate, from the start, and leaves a sparse model.
+        notes: for the result.
+    """
+    training, validation = split(task)
+    path, losses = task.output / "best.pt", dict[float, float]()
+    for rate in task.arguments.get("learning_rates", CHOICES["learning_rates"]):
+        draft = make(rate)
+        losses[rate] = validation_loss(draft.merge(), validation)
+        if losses[rate] <= min(losses.values()):
+            torch.save(draft.network.state_dict(), path)
+    best = min(losses, key=losses.__getitem__)
+    draft.network.load_state_dict(torch.load(path))
+    path.unlink()
+    perplexities = ", ".join(f"{math.exp(loss):.2f} at {rate:g}" for rate, loss in losses.items())
+    draft.notes += [
+        *notes,
+        f"trained on {training.numel():,} tokens with the learning rate {best:g}, chosen by perplexity on "
+        f"{validation.numel():,} others: {perplexities}",
+    ]
+    if len(losses) > 1 and best in (min(losses), max(losses)):
+        draft.notes.append("the chosen learning rate is at an end of the range that was tried")
+    return draft.finish()
+
+
+def split(task: PipelineTask) -> tuple[Tensor, Tensor]:
+    """The training sequences to train on, and those for validation, which are the last ones.
+
+    Raises:
+        EfxError: there are fewer than two.
+    """
+    count, length = task.training.shape
+    if count < 2:
+        raise EfxError(
+            f"the training text gives {count} sequence of {length} tokens, and it takes a second one to choose the "
+            "learning rate on: pass more training text, or a smaller length"
+        )
+    kept = count - max(1, round(_VALIDATION * count))
+    return task.training[:kept], task.training[kept:]
+
+
+@torch.no_grad()
+def validation_loss(model: PreTrainedModel, sequences: Tensor) -> float:
+    """Mean negative log-likelihood of a token, infinite where it is not a number.
+
+    Args:
+        sequences: int64 [n, length] of token ids.
+    """
+    model.eval()
+    total = 0.0
+    for sequence in sequences.to(model.device).split(1):
+        total += float(model(input_ids=sequence, labels=sequence, use_cache=False).loss)
+    mean = total / len(sequences)
+    return mean if math.isfinite(mean) else math.inf
