@@ -80,7 +80,7 @@ def source() -> str:
 
 def decode_variants(dtype: torch.dtype) -> tuple[Variant, ...]:
     """The variants of `decode` for activations and weights of one of `DTYPES`, by rising number of tokens."""
-    return tuple(_decode(dtype, tiles, row_blocks) for tiles, row_blocks in ((1, 1), (2, 1), (4, 2), (8, 2)))
+    return tuple(_decode(dtype, tiles, row_blocks) for tiles, row_blocks in ((1, 1), (2, 1), (4, 2), (8, 4)))
 
 
 def decode_variant(dtype: torch.dtype, tokens: int) -> Variant:

@@ -1,0 +1,202 @@
+// Linear layers on weights in records; layout.py describes these, variants.py the macros, the arguments and the grids.
+constexpr int kTokenTiles = EFX_TOKEN_TILES;  // of 8 tokens, the n of mma.m16n8k16
+constexpr int kRowBlocks = EFX_ROW_BLOCKS;    // blocks of 16 rows that a thread block takes
+constexpr int kWarps = EFX_WARPS;
+constexpr int kStages = EFX_STAGES;  // slots in a warp's ring
+constexpr u32 kMaskBytes = 128, kHeadBytes = 144, kSlotBytes = kHeadBytes + 2048;
+constexpr u32 kRingBytes = kStages * kSlotBytes;
+
+// Records that follow each other, to be copied to shared memory by a warp.
+struct Stream {
+    const uint4* from;  // what this lane copies first of the next record
+    const u32* ends;    // where it ends is there
+    u32 begin, end;     // of it, in 16 bytes; equal after the last
+    int left;           // how many ends are to be read
+
+    DEVICE Stream() {}
+    DEVICE Stream(const u32* starts, const uint4* records, int count, u32 lane)
+        : ends(starts), begin(__ldg(starts)), end(begin), left(count) {
+        from = records + begin + lane;
+        read_end();
+    }
+
+    // Copies the next record, 9 to 137 times 16 bytes, or nothing after the last.
+    DEVICE void copy_next(u32 slot, u32 lane) {
+        const int units = end - begin, mine = units - (int)lane;
+        slot += 16 * lane;
+        if (mine > 0) copy16(slot, from);
+        if (mine > 32) copy16(slot + 512, from + 32);
+        if (mine > 64) copy16(slot + 1024, from + 64);
+        if (units > 96) {  // more than two thirds of the weights are not zero
+            if (mine > 96) copy16(slot + 1536, from + 96);
+            if (mine > 128) copy16(slot + 2048, from + 128);
+        }
+        commit_copies();
+        from += units, begin = end;
+        read_end();  // now, so that the next copies need not wait for it
+    }
+
+    DEVICE void read_end() {
+        if (left > 0) end = __ldg(++ends);
+        left--;
+    }
+};
+
+// The weights of a lane in a record in shared memory, expanded in pairs.
+struct Weights {
+    u32 mask;
+    u32 record;     // its address
+    u32 places[4];  // where the non-zeros of two steps begin for this lane, in bytes from there, in 16 bits each
+    u32 place;      // where the next one is
+
+    DEVICE Weights(u32 record, u32 lane) : mask(load32(record + 4 * lane)), record(record) {
+        const uint4 steps = load128(record + kMaskBytes);
+        // How many bits each step has, in 4 bits each, then, for the even and the odd steps, in 8 bits each.
+        u32 counts = mask - (mask >> 1 & 0x55555555);
+        counts = (counts & 0x33333333) + (counts >> 2 & 0x33333333);
+        const u32 even = counts & 0x0F0F0F0F, odd = counts >> 4 & 0x0F0F0F0F;
+        // The same for all the lanes below together: at most 124.
+        u32 even_below = even, odd_below = odd;
+        add_from_below<1>(even_below), add_from_below<1>(odd_below);
+        add_from_below<2>(even_below), add_from_below<2>(odd_below);
+        add_from_below<4>(even_below), add_from_below<4>(odd_below);
+        add_from_below<8>(even_below), add_from_below<8>(odd_below);
+        add_from_below<16>(even_below), add_from_below<16>(odd_below);
+        even_below -= even, odd_below -= odd;
+        // Byte j of each, widened to 16 bits by its sign, which is 0.
+        places[0] = steps.x + 2 * permute(even_below, odd_below, 0xC480);
+        places[1] = steps.y + 2 * permute(even_below, odd_below, 0xD591);
+        places[2] = steps.z + 2 * permute(even_below, odd_below, 0xE6A2);
+        places[3] = steps.w + 2 * permute(even_below, odd_below, 0xF7B3);
+    }
+
+    // The weights of bits i and i + 1; for even i, in rising order.
+    DEVICE u32 pair(int i) {
+        if (i % 8 == 0) place = places[i / 8] & 0xFFFF;
+        if (i % 8 == 4) place = places[i / 8] >> 16;
+        u32 both = 0;
+        if (mask >> i & 1) both = load16(record + place), place += 2;
+        if (mask >> (i + 1) & 1) both = permute(both, load16(record + place), 0x5410), place += 2;
+        return both;
+    }
+};
+
+// The activations of a lane for a tile of weights: of each of its tokens 16, in two halves.
+struct Activations {
+    u32 pairs[kTokenTiles][8];
+
+    DEVICE void load(int half, const u16* x, const u32 (&offsets)[kTokenTiles]) {
+#pragma unroll
+        for (int n = 0; n < kTokenTiles; n++) {
+            const uint4 eight = __ldg((const uint4*)(x + offsets[n] + 8 * half));
+            u32* to = pairs[n] + 4 * half;
+            to[0] = eight.x, to[1] = eight.y, to[2] = eight.z, to[3] = eight.w;
+        }
+    }
+};
+
+// y = x W^T + bias. A thread block takes kRowBlocks blocks of 16 rows; each of its warps a share of the columns, the same
+// for all variants, so that a result does not depend on the variant. Lane 4g + t holds the fragments that the PTX ISA
+// ("Matrix Fragments for mma.m16n8k16 with floating point type") names so: of A the weights of rows g and g + 8, of B the
+// activations of token g, of the sums the tokens 2t and 2t + 1 of rows g and g + 8.
+extern "C" __global__ void __launch_bounds__(kWarps * 32)
+efx_decode(const u16* __restrict__ x, const u32* __restrict__ starts, const uint4* __restrict__ records,
+           const u16* __restrict__ bias, u16* __restrict__ y, int tokens, int rows, int columns) {
+    const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0);  // so that the compiler knows that it is uniform
+    const int high = (rows + 15) / 16, wide = columns / 64;
+    const int first = warp * wide / kWarps, last = (warp + 1) * wide / kWarps;
+    const u32 shared = shared_memory(), ring = shared + warp * kRingBytes, last_slot = ring + kRingBytes - kSlotBytes;
+
+    Stream streams[kRowBlocks];
+#pragma unroll
+    for (int r = 0; r < kRowBlocks; r++) {
+        const int block = min((int)blockIdx.x * kRowBlocks + r, high - 1);  // beyond the last it is taken again, in vain
+        streams[r] = Stream(starts + (u64)block * wide + first, records, last - first, lane);
+    }
+#pragma unroll
+    for (int s = 0; s < kStages - 1; s++) streams[s % kRowBlocks].copy_next(ring + s * kSlotBytes, lane);
+
+    u32 offsets[kTokenTiles];  // of this lane's tokens; those beyond the last get its activations, and no result
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; n++) offsets[n] = min(n * 8 + (int)g, tokens - 1) * columns + 16 * t;
+    x += first * 64;
+    Activations b;
+    if (first < last) b.load(0, x, offsets), b.load(1, x, offsets);
+
+    float sums[kRowBlocks][kTokenTiles][4] = {};
+    u32 slot = ring, free_slot = last_slot;
+#pragma unroll 1
+    for (int tile = first; tile < last; tile++) {
+        x += tile + 1 < last ? 64 : 0;
+#pragma unroll
+        for (int r = 0; r < kRowBlocks; r++) {
+            streams[(r + kStages - 1) % kRowBlocks].copy_next(free_slot, lane);
+            wait_copies<kStages - 1>();
+            __syncwarp();
+            Weights weights(slot, lane);
+#pragma unroll
+            for (int s = 0; s < 4; s++) {
+                u32 a[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) a[i] = weights.pair(8 * s + 2 * i);
+#pragma unroll
+                for (int n = 0; n < kTokenTiles; n++) mma(sums[r][n], a, b.pairs[n][2 * s], b.pairs[n][2 * s + 1]);
+                if (r == kRowBlocks - 1 && s % 2 == 1) b.load(s / 2, x, offsets);  // for the next tile
+            }
+            __syncwarp();
+            free_slot = slot;
+            slot = slot == last_slot ? ring : slot + kSlotBytes;
+        }
+    }
+
+    // The sums of a block of rows take the places of the rings, register by register and lane by lane. Those of the warps
+    // are added in order.
+    static_assert(kTokenTiles * 512 <= kRingBytes, "a warp's sums fit into its ring");
+#pragma unroll
+    for (int r = 0; r < kRowBlocks; r++) {
+#pragma unroll
+        for (int n = 0; n < kTokenTiles; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) store32(ring + 512 * n + 128 * i + 4 * lane, __float_as_uint(sums[r][n][i]));
+        __syncthreads();
+        for (int e = threadIdx.x; e < kTokenTiles * 128; e += kWarps * 32) {
+            const int token = e / 16, row_of_block = e % 16;
+            const int row = ((int)blockIdx.x * kRowBlocks + r) * 16 + row_of_block;
+            if (token >= tokens || row >= rows) continue;
+            const int i = row_of_block / 8 * 2 + token % 2, owner = row_of_block % 8 * 4 + token % 8 / 2;
+            const u32 at = shared + 512 * (token / 8) + 128 * i + 4 * owner;
+            float sum = 0;
+#pragma unroll
+            for (int w = 0; w < kWarps; w++) sum += __uint_as_float(load32(at + w * kRingBytes));
+            if (bias) sum += to_float(__ldg(bias + row));
+            y[(u64)token * rows + row] = round_to_16_bits(sum);
+        }
+        __syncthreads();
+    }
+}
+
+// Rows of W as a dense matrix; a warp per tile.
+extern "C" __global__ void __launch_bounds__(kWarps * 32)
+efx_expand(const u32* __restrict__ starts, const uint4* __restrict__ records, u16* __restrict__ dense, int first_row,
+           int rows, int columns) {
+    const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int high = (rows + 15) / 16, wide = columns / 64, tile = blockIdx.x * kWarps + threadIdx.x / 32;
+    if (tile >= high * wide) return;
+    const u32 slot = shared_memory() + threadIdx.x / 32 * kSlotBytes;
+    Stream(starts + (u64)first_row / 16 * wide + tile, records, 1, lane).copy_next(slot, lane);
+    wait_copies<0>();
+    __syncwarp();
+    Weights weights(slot, lane);
+    u32 pairs[2][8];  // of 16 adjacent columns of rows g and g + 8
+#pragma unroll
+    for (int i = 0; i < 16; i++) pairs[i % 2][i / 2] = weights.pair(2 * i);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int row = tile / wide * 16 + 8 * r + g;
+        if (row >= rows) continue;
+        uint4* to = (uint4*)(dense + (u64)row * columns + tile % wide * 64 + 16 * t);
+        to[0] = {pairs[r][0], pairs[r][1], pairs[r][2], pairs[r][3]};
+        to[1] = {pairs[r][4], pairs[r][5], pairs[r][6], pairs[r][7]};
+    }
+}

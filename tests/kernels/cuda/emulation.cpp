@@ -1,0 +1,298 @@
+// Runs the kernels of EFX_SOURCE on a CPU. A thread of a block is a fiber, which runs until it meets others: at a barrier
+// or at an instruction that a warp executes together. What ptx.cuh wraps is computed here as the PTX ISA describes it.
+#include <csetjmp>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include <ucontext.h>
+
+#define __global__
+#define __restrict__
+#define __launch_bounds__(...)
+#define DEVICE inline
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+struct alignas(16) uint4 {
+    u32 x, y, z, w;
+};
+struct Index {
+    u32 x;
+};
+Index threadIdx, blockIdx;
+
+namespace machine {
+
+struct Copy {
+    u32 to;
+    u8 bytes[16];
+};
+
+struct Thread {
+    ucontext_t start;
+    jmp_buf resume;
+    std::unique_ptr<u8[]> stack;
+    bool started, done;
+    long meetings_of_warp, meetings_of_block;  // that this thread has come to
+    std::vector<std::vector<Copy>> copies;     // under way, by groups; the last one is open
+};
+
+// What a lane shows the others at a meeting of its warp.
+struct Shown {
+    float a[4][2], b[2][2];
+    u32 value;
+};
+
+constexpr size_t kStackBytes = 64 << 10;
+std::vector<Thread> threads;
+std::vector<long> arrived_at_warp;  // arrivals at its meetings, by warp
+long arrived_at_block;
+std::vector<Shown> shown[2];  // by thread, at alternate meetings
+std::vector<u8> shared;
+struct Range {
+    const u8 *begin, *end;
+};
+std::vector<Range> readable;  // global memory
+bool at_once;     // asynchronous copies land at once, not as late as they may
+bool descending;  // lanes run in falling order
+long faults;
+jmp_buf scheduler;
+std::function<void()> kernel;
+
+Thread& self() { return threads[threadIdx.x]; }
+
+void wait_for_others() {
+    if (!_setjmp(self().resume)) _longjmp(scheduler, 1);
+}
+void meet_warp() {
+    self().meetings_of_warp++, arrived_at_warp[threadIdx.x / 32]++;
+    wait_for_others();
+}
+void meet_block() {
+    self().meetings_of_block++, arrived_at_block++;
+    wait_for_others();
+}
+bool may_run(const Thread& thread, int warp) {
+    return !thread.done && arrived_at_warp[warp] >= 32 * thread.meetings_of_warp &&
+           arrived_at_block >= (long)threads.size() * thread.meetings_of_block;
+}
+
+void run_thread() {
+    kernel();
+    self().done = true;
+    _longjmp(scheduler, 1);
+}
+void resume(u32 index) {
+    threadIdx.x = index;
+    Thread& thread = threads[index];
+    if (_setjmp(scheduler)) return;
+    if (thread.started) _longjmp(thread.resume, 1);
+    thread.started = true;
+    setcontext(&thread.start);
+}
+
+void run_block(int count, size_t shared_bytes) {
+    shared.assign(shared_bytes, 0xAB);
+    if ((int)threads.size() != count) threads = std::vector<Thread>(count);
+    arrived_at_warp.assign(count / 32, 0), arrived_at_block = 0;
+    shown[0].assign(count, {}), shown[1].assign(count, {});
+    for (Thread& thread : threads) {
+        thread.started = thread.done = false;
+        thread.meetings_of_warp = thread.meetings_of_block = 0;
+        thread.copies.assign(1, {});
+        if (!thread.stack) thread.stack.reset(new u8[kStackBytes]);
+        getcontext(&thread.start);
+        thread.start.uc_stack.ss_sp = thread.stack.get();
+        thread.start.uc_stack.ss_size = kStackBytes;
+        thread.start.uc_link = nullptr;
+        makecontext(&thread.start, run_thread, 0);
+    }
+    for (bool moved = true; moved;) {
+        moved = false;
+        for (int warp = 0; warp < count / 32; warp++)
+            for (bool warp_moved = true; warp_moved;) {
+                warp_moved = false;
+                for (int i = 0; i < 32; i++) {
+                    const int index = 32 * warp + (descending ? 31 - i : i);
+                    if (may_run(threads[index], warp)) resume(index), moved = warp_moved = true;
+                }
+            }
+    }
+    for (const Thread& thread : threads) faults += !thread.done;  // threads wait for each other for ever
+}
+
+// Bytes of shared memory; those outside and those that are not aligned are a fault.
+u8* at(u32 address, size_t size) {
+    static u8 elsewhere[16];
+    if (address % size == 0 && address + size <= shared.size()) return shared.data() + address;
+    faults++;
+    return elsewhere;
+}
+// Reads global memory; what is not readable and what is not aligned is a fault.
+void read(void* to, const void* from, size_t size) {
+    const u8* bytes = (const u8*)from;
+    for (const Range& range : readable)
+        if ((uintptr_t)bytes % size == 0 && bytes >= range.begin && bytes + size <= range.end) {
+            std::memcpy(to, bytes, size);
+            return;
+        }
+    faults++;
+    std::memset(to, 0xFF, size);
+}
+void land(const Copy& copy) { std::memcpy(at(copy.to, 16), copy.bytes, 16); }
+
+// Shows a lane's state to its warp; returns what all its lanes show.
+const Shown* exchange(const Shown& mine) {
+    std::vector<Shown>& board = shown[self().meetings_of_warp % 2];
+    board[threadIdx.x] = mine;
+    meet_warp();
+    return &board[threadIdx.x / 32 * 32];
+}
+
+}  // namespace machine
+
+inline int min(int a, int b) { return a < b ? a : b; }
+inline u32 __float_as_uint(float value) {
+    u32 bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+inline float __uint_as_float(u32 bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+template <class Value> inline Value __ldg(const Value* from) {
+    Value value;
+    machine::read(&value, from, sizeof value);
+    return value;
+}
+inline void __syncwarp() { machine::meet_warp(); }
+inline void __syncthreads() { machine::meet_block(); }
+inline u32 __shfl_sync(u32, u32 value, int lane) {
+    machine::Shown mine = {};
+    mine.value = value;
+    return machine::exchange(mine)[lane].value;
+}
+
+inline u32 shared_memory() { return 0; }
+inline void copy16(u32 to, const void* from) {
+    machine::Copy copy = {to, {}};
+    machine::read(copy.bytes, from, 16);
+    if (machine::at_once) machine::land(copy);
+    else machine::self().copies.back().push_back(copy);
+}
+inline void commit_copies() { machine::self().copies.emplace_back(); }
+template <int groups> inline void wait_copies() {
+    auto& copies = machine::self().copies;
+    while ((int)copies.size() - 1 > groups) {
+        for (const machine::Copy& copy : copies.front()) machine::land(copy);
+        copies.erase(copies.begin());
+    }
+}
+template <class Value> inline Value load(u32 from) {
+    Value value;
+    std::memcpy(&value, machine::at(from, sizeof value), sizeof value);
+    return value;
+}
+inline u32 load16(u32 from) { return load<u16>(from); }
+inline u32 load32(u32 from) { return load<u32>(from); }
+inline uint4 load128(u32 from) { return load<uint4>(from); }
+inline void store32(u32 to, u32 value) { std::memcpy(machine::at(to, 4), &value, 4); }
+
+inline u32 permute(u32 low, u32 high, u32 selector) {  // "prmt"
+    const u64 bytes = (u64)high << 32 | low;
+    u32 result = 0;
+    for (int i = 0; i < 4; i++) {
+        const u32 nibble = selector >> 4 * i & 15, byte = bytes >> 8 * (nibble & 7) & 0xFF;
+        result |= (nibble & 8 ? byte >> 7 ? 0xFF : 0 : byte) << 8 * i;
+    }
+    return result;
+}
+template <int distance> inline void add_from_below(u32& value) {
+    machine::Shown mine = {};
+    mine.value = value;
+    const int lane = threadIdx.x % 32;
+    const machine::Shown* warp = machine::exchange(mine);
+    if (lane >= distance) value += warp[lane - distance].value;
+}
+
+inline float to_float(u16 bits) {
+#if EFX_FP16
+    _Float16 value;
+    std::memcpy(&value, &bits, 2);
+    return value;
+#else
+    return __uint_as_float((u32)bits << 16);
+#endif
+}
+inline u16 round_to_16_bits(float value) {
+#if EFX_FP16
+    const _Float16 rounded = value;
+    u16 bits;
+    std::memcpy(&bits, &rounded, 2);
+    return bits;
+#else
+    const u32 bits = __float_as_uint(value);
+    return value != value ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+#endif
+}
+
+// PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": with g = lane / 4 and t = lane % 4,
+// register i of A holds row g + 8 (i % 2), columns 2t and 2t + 1, plus 8 for i >= 2; register i of B rows 2t + 8i and
+// 2t + 8i + 1 of column g; sum i row g + 8 (i / 2), column 2t + i % 2.
+inline void mma(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    machine::Shown mine;
+    for (int half = 0; half < 2; half++) {
+        for (int i = 0; i < 4; i++) mine.a[i][half] = to_float(a[i] >> 16 * half);
+        mine.b[0][half] = to_float(b0 >> 16 * half), mine.b[1][half] = to_float(b1 >> 16 * half);
+    }
+    const machine::Shown* warp = machine::exchange(mine);
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    for (int i = 0; i < 4; i++) {
+        const int row = g + i / 2 * 8, column = 2 * t + i % 2;
+        double sum = sums[i];
+        for (int k = 0; k < 16; k++) {
+            const int owner = k % 8 / 2, half = k % 2, upper = k / 8;
+            sum += (double)warp[row % 8 * 4 + owner].a[row / 8 + 2 * upper][half] *
+                   (double)warp[column * 4 + owner].b[upper][half];
+        }
+        sums[i] = (float)sum;
+    }
+}
+
+#include EFX_SOURCE
+
+namespace {
+
+struct Call {
+    int grid, block, shared_bytes, at_once, descending;
+    int ranges;  // of global memory that may be read
+    machine::Range range[4];
+};
+
+// Returns how many faults there were.
+long launch(const Call& call, std::function<void()> kernel) {
+    machine::readable.assign(call.range, call.range + call.ranges);
+    machine::at_once = call.at_once, machine::descending = call.descending;
+    machine::faults = 0, machine::kernel = kernel;
+    for (blockIdx.x = 0; (int)blockIdx.x < call.grid; blockIdx.x++) machine::run_block(call.block, call.shared_bytes);
+    return machine::faults;
+}
+
+}  // namespace
+
+extern "C" long emulate_decode(const Call* call, const u16* x, const u32* starts, const uint4* records,
+                               const u16* bias, u16* y, int tokens, int rows, int columns) {
+    return launch(*call, [=] { efx_decode(x, starts, records, bias, y, tokens, rows, columns); });
+}
+
+extern "C" long emulate_expand(const Call* call, const u32* starts, const uint4* records, u16* dense, int first_row,
+                               int rows, int columns) {
+    return launch(*call, [=] { efx_expand(starts, records, dense, first_row, rows, columns); });
+}

@@ -1,0 +1,255 @@
+"""The CUDA kernels, on an emulation of the hardware, compute the sparse product to the last rounding.
+
+EFX_EMULATED_CASES is the number of random cases.
+"""
+
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from efx_plugin.kernels.cuda import layout, variants
+from efx_plugin.kernels.cuda.variants import DTYPES, Variant
+from tests.support.emulated_gpu import SOURCE, EmulatedGpu
+
+CASES = int(os.environ.get("EFX_EMULATED_CASES", "500"))
+UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SMALLEST = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
+VARIANTS = [variant for dtype in DTYPES for variant in variants.decode_variants(dtype)]
+VARIANTS_OF = {dtype: variants.decode_variants(dtype) for dtype in DTYPES}
+MASKS = ("dense", "empty", "random", "2:4", "rows", "blocks")
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+Gpus = Callable[[Variant], EmulatedGpu]
+
+
+@pytest.fixture(scope="session")
+def gpus(tmp_path_factory: pytest.TempPathFactory) -> Gpus:
+    """The emulated kernels of a variant, compiled once."""
+    compiled: dict[Variant, EmulatedGpu] = {}
+
+    def find(variant: Variant) -> EmulatedGpu:
+        if variant not in compiled:
+            compiled[variant] = EmulatedGpu(variant, tmp_path_factory.mktemp("emulated"))
+        return compiled[variant]
+
+    return find
+
+
+@dataclass(frozen=True)
+class Case:
+    """A product; `seed` says the values."""
+
+    dtype: torch.dtype
+    tokens: int
+    rows: int
+    columns: int
+    mask: str = "random"
+    density: float = 0.5
+    biased: bool = True
+    at_once: bool = False
+    descending: bool = False
+    seed: int = 0
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Activations, weight and bias."""
+        generator = torch.Generator().manual_seed(self.seed)
+        weight = torch.randn(self.rows, self.columns, generator=generator)
+        weight = (weight * self._mask(generator)).to(self.dtype)
+        x = torch.randn(self.tokens, self.columns, generator=generator).to(self.dtype)
+        bias = torch.randn(self.rows, generator=generator).to(self.dtype)
+        return x, weight, bias if self.biased else None
+
+    def _mask(self, generator: torch.Generator) -> Tensor:
+        scores = torch.rand(self.rows, self.columns, generator=generator)
+        if self.mask == "2:4":
+            groups = torch.nn.functional.pad(scores, (0, -self.columns % 4)).view(self.rows, -1, 4)
+            kept = torch.zeros_like(groups).scatter_(-1, groups.topk(2).indices, 1)
+            return kept.view(self.rows, -1)[:, : self.columns]
+        if self.mask == "rows":  # empty and full ones
+            return (scores[:, :1] < self.density).expand_as(scores)
+        if self.mask == "blocks":  # of 16 x 64, empty and full
+            return (
+                scores[::16, ::64].repeat_interleave(16, 0).repeat_interleave(64, 1)[: self.rows, : self.columns] < 0.5
+            )
+        return scores < {"dense": 1.0, "empty": 0.0, "random": self.density}[self.mask]
+
+
+def random_case(variant: Variant, dtype: torch.dtype, seed: int) -> Case:
+    """One for the variant. Every third has more records than the rings have slots."""
+    choose = random.Random(seed)
+    columns = choose.randint(2048, 2560) if seed % 3 == 0 else choose.randint(1, 700)
+    return Case(
+        dtype,
+        tokens=choose.randint(variant.tokens // 2 + 1 if variant.tokens > 8 else 1, variant.tokens),
+        rows=choose.randint(1, 16 * variant.row_blocks) if seed % 3 == 0 else choose.randint(1, 70),
+        columns=choose.choice((columns, -(-columns // 64) * 64)),
+        mask=choose.choice((*MASKS, "random", "random")),
+        density=choose.choice((0.1, 0.4, 0.5, 0.6, 0.9)),
+        biased=choose.random() < 0.5,
+        at_once=choose.random() < 0.5,
+        descending=choose.random() < 0.5,
+        seed=seed,
+    )
+
+
+def padded(x: Tensor) -> Tensor:
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % layout.TILE_COLUMNS))
+
+
+def check(gpu: EmulatedGpu, case: Case) -> None:
+    """The product is the float64 one but for the rounding of each step of 16 columns in float32, and of the result; the
+    expanded weight is the weight.
+    """
+    gpu.at_once, gpu.descending = case.at_once, case.descending
+    x, weight, bias = case.tensors()
+    starts, records = layout.pack(weight)
+    y = gpu.decode(padded(x), starts, records, bias, case.rows).double()
+    products = [x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T]
+    exact, magnitude = products if bias is None else (products[0] + bias.double(), products[1] + bias.double().abs())
+    roundings = case.columns / 16 + 16
+    before = magnitude * roundings * 2.0**-24
+    allowed = before + UNIT_ROUNDOFF[case.dtype] * (exact.abs() + before) + SMALLEST[case.dtype]
+    assert torch.all((y - exact).abs() <= allowed), case
+    dense = gpu.expand(starts, records, case.dtype, (0, case.rows, padded(x).shape[1]))
+    assert torch.equal(dense[:, : case.columns], weight) and not dense[:, case.columns :].any(), case
+
+
+@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("number", range(len(VARIANTS)))
+def test_products_and_expansions_are_those_of_float64(gpus, number, part):
+    variant, dtype = VARIANTS[number], DTYPES[number * len(DTYPES) // len(VARIANTS)]
+    for seed in range(4 * number + part, CASES, 4 * len(VARIANTS)):
+        check(gpus(variant), random_case(variant, dtype, seed))
+
+
+@every_dtype
+def test_a_token_does_not_depend_on_its_batch(gpus, dtype):
+    case = Case(dtype, tokens=64, rows=20, columns=600)
+    x, weight, bias = case.tensors()
+    starts, records = layout.pack(weight)
+    gpu = gpus(VARIANTS_OF[dtype][0])
+    alone = torch.cat([gpu.decode(padded(token[None]), starts, records, bias, case.rows) for token in x[:8]])
+    for tokens in (8, 9, 17, 33, 64):
+        gpu = gpus(variants.decode_variant(dtype, tokens))
+        together = gpu.decode(padded(x[:tokens]), starts, records, bias, case.rows)
+        assert torch.equal(together[:8], alone)
+
+
+@every_dtype
+def test_what_is_no_number_stays_within_its_token_and_spreads_as_in_a_dense_product(gpus, dtype):
+    case = Case(dtype, tokens=4, rows=20, columns=100)
+    x, weight, bias = case.tensors()
+    x[1, 7], x[2, 99] = torch.nan, torch.inf
+    weight[3, 50] = -torch.inf
+    starts, records = layout.pack(weight)
+    y = gpus(VARIANTS_OF[dtype][0]).decode(padded(x), starts, records, bias, case.rows)
+    dense = x.float() @ weight.float().T + bias.float()
+    assert torch.equal(y.isnan(), dense.isnan()) and torch.equal(y.isinf(), dense.isinf())
+
+
+@pytest.mark.parametrize("panel", [(0, 48, 192), (16, 16, 192), (32, 10, 192), (48, 37, 192)])
+def test_a_panel_is_those_rows(gpus, panel):
+    weight = Case(torch.bfloat16, tokens=1, rows=85, columns=150).tensors()[1]
+    first, rows, columns = panel
+    dense = gpus(VARIANTS[0]).expand(*layout.pack(weight), torch.bfloat16, panel)
+    assert torch.equal(dense, torch.nn.functional.pad(weight, (0, columns - 150))[first : first + rows])
+
+
+# What the emulation would not notice, the tests above would not either: so faults are planted.
+
+MUTATED = variants.decode_variant(torch.bfloat16, 32)
+MUTATIONS = {
+    "one record too few is waited for": ("wait_copies<kStages - 1>", "wait_copies<kStages>"),
+    "an expansion does not wait": ("wait_copies<0>();", "wait_copies<1>();"),
+    "lanes do not wait for each other's copies": (
+        "wait_copies<kStages - 1>();\n            __syncwarp();",
+        "wait_copies<kStages - 1>();",
+    ),
+    "a record is copied to the slot that is read": ("copy_next(free_slot, lane)", "copy_next(slot, lane)"),
+    "the slot that becomes free is not used": ("free_slot = slot;", ""),
+    "the ring is one slot longer": ("slot = slot == last_slot ? ring :", "slot = slot > last_slot ? ring :"),
+    "the ring is one slot shorter": ("slot == last_slot ? ring", "slot == last_slot - kSlotBytes ? ring"),
+    "the rings of the warps overlap": ("warp * kRingBytes", "warp * (kRingBytes - kSlotBytes)"),
+    "a pointer stands still": ("from += units, begin = end", "begin = end"),
+    "a record has the length of all records so far": ("from += units, begin = end", "from += units"),
+    "the activations stand still": ("x += tile + 1 < last ? 64 : 0", "x += 0"),
+    "activations are read beyond the last": ("x += tile + 1 < last ? 64 : 0", "x += 64"),
+    "tokens are read beyond the last": ("min(n * 8 + (int)g, tokens - 1)", "(n * 8 + (int)g)"),
+    "rows are read beyond the last": (
+        "min((int)blockIdx.x * kRowBlocks + r, high - 1)",
+        "((int)blockIdx.x * kRowBlocks + r)",
+    ),
+    "records are read beyond the last": ("if (left > 0) end", "if (left > -2) end"),
+    "dense records are cut off": ("if (units > 96)", "if (units > 128)"),
+    "the longest record is cut off": ("if (mine > 128) copy16(slot + 2048, from + 128);", ""),
+    "a lane's own bits count as those below": ("even_below -= even, odd_below -= odd;", ""),
+    "the farthest lanes are not counted": ("add_from_below<16>(even_below), add_from_below<16>(odd_below);", ""),
+    "offsets of steps are missing": ("places[1] = steps.y + 2", "places[1] = 2"),
+    "an offset of lanes is missing": (
+        "places[2] = steps.z + 2 * permute(even_below, odd_below, 0xE6A2)",
+        "places[2] = steps.z",
+    ),
+    "bytes of counts are mistaken": ("0xD591", "0xD592"),
+    "an upper byte is not cleared": ("0xC480", "0xC400"),
+    "halves of a pair are swapped": (
+        "permute(both, load16(record + place), 0x5410)",
+        "permute(both, load16(record + place), 0x1054)",
+    ),
+    "registers of B are swapped": (
+        "b.pairs[n][2 * s], b.pairs[n][2 * s + 1]",
+        "b.pairs[n][2 * s + 1], b.pairs[n][2 * s]",
+    ),
+    "columns of a lane are mistaken": ("columns + 16 * t", "columns + 8 * t"),
+    "registers of sums are mistaken": ("row_of_block / 8 * 2 + token % 2", "row_of_block / 8 + token % 2 * 2"),
+    "owners of sums are mistaken": ("row_of_block % 8 * 4 + token % 8 / 2", "row_of_block % 8 + token % 8 / 2 * 8"),
+    "a warp's sum is missing": ("w < kWarps; w++", "w < kWarps - 1; w++"),
+    "sums are added before they are there": ("        __syncthreads();\n        for", "        for"),
+    "sums are overwritten before they are added": ("        }\n        __syncthreads();", "        }"),
+    "a last column is left out": ("(warp + 1) * wide / kWarps", "(warp + 1) * (wide / kWarps)"),
+    "the bias is another row's": ("__ldg(bias + row)", "__ldg(bias + row_of_block)"),
+    "rows are written beyond the last": (
+        "if (token >= tokens || row >= rows) continue;",
+        "if (token >= tokens) continue;",
+    ),
+    "tokens are written beyond the last": (
+        "if (token >= tokens || row >= rows) continue;",
+        "if (row >= rows) continue;",
+    ),
+    "a panel begins at the first row": ("(u64)first_row / 16 * wide + tile", "tile"),
+    "rows of a panel are written beyond the last": ("if (row >= rows) continue;\n        uint4", "uint4"),
+}
+PROBES = (
+    Case(torch.bfloat16, tokens=27, rows=45, columns=2112),
+    Case(torch.bfloat16, tokens=32, rows=32, columns=2560, at_once=True, descending=True),
+    Case(torch.bfloat16, tokens=17, rows=40, columns=450, mask="blocks", at_once=True),
+    Case(torch.bfloat16, tokens=20, rows=16, columns=64, density=0.85, descending=True),
+)
+
+
+def check_panel(gpu: EmulatedGpu) -> None:
+    weight = PROBES[0].tensors()[1]
+    assert torch.equal(gpu.expand(*layout.pack(weight), weight.dtype, (16, 20, 2112)), weight[16:36])
+
+
+def test_probes_pass_without_a_mutation(gpus):
+    for case in PROBES:
+        check(gpus(MUTATED), case)
+    check_panel(gpus(MUTATED))
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_planted_fault_is_caught(tmp_path, mutation):
+    before, after = MUTATIONS[mutation]
+    assert SOURCE.count(before) == 1
+    gpu = EmulatedGpu(MUTATED, tmp_path, SOURCE.replace(before, after), optimize="-O1")
+    with pytest.raises(AssertionError):
+        for case in PROBES:
+            check(gpu, case)
+        check_panel(gpu)

@@ -1,0 +1,100 @@
+"""The CUDA kernels on a CPU: their source, compiled by g++ against an emulation of the hardware, called by ctypes."""
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from efx_plugin.kernels.cuda import variants
+from efx_plugin.kernels.cuda.variants import Launch, Variant
+
+EMULATION = Path(__file__).parents[1] / "kernels" / "cuda" / "emulation.cpp"
+SOURCE = Path(variants.__file__).with_name("sparse_linear.cu").read_text()
+COMPILE = ("g++", "-std=c++17", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas")
+MARGIN = 1 << 17  # bytes beside a result that are watched
+
+
+class Range(ctypes.Structure):
+    _fields_ = (("begin", ctypes.c_void_p), ("end", ctypes.c_void_p))
+
+
+class Call(ctypes.Structure):
+    """`Call` in emulation.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("grid", "block", "shared_bytes", "at_once", "descending", "ranges")),
+        ("range", Range * 4),
+    )
+
+
+class Fault(AssertionError):
+    """What would be an error or undefined on a GPU."""
+
+
+class EmulatedGpu:
+    """The kernels of one variant. Reads outside of the arguments, or not aligned, are faults, as are writes outside of
+    the result and threads that wait for ever.
+
+    Attributes:
+        at_once: asynchronous copies land at once, not as late as they may.
+        descending: the lanes of a warp run in falling order, not in rising.
+    """
+
+    def __init__(self, variant: Variant, folder: Path, source: str = SOURCE, optimize: str = "-O2") -> None:
+        path = folder / f"{'_'.join(str(value) for _, value in variant.defines)}.cu"
+        path.write_text(source)
+        defines = [f"-D{macro}={value}" for macro, value in variant.defines]
+        library = path.with_suffix(".so")
+        command = [*COMPILE, optimize, *defines, f'-DEFX_SOURCE="{path}"', EMULATION, "-o", library]
+        subprocess.run(command, check=True)
+        self._library = ctypes.CDLL(str(library))
+        self._variant = variant
+        self.at_once = self.descending = False
+
+    def decode(self, x: Tensor, starts: Tensor, records: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+        """x [tokens, columns] times the packed weight, plus `bias`: [tokens, rows]."""
+        tokens, columns = x.shape
+        how = variants.launch(self._variant, rows, columns)
+        inputs = [x, starts, records, bias]
+        return self._call("emulate_decode", how, inputs, (tokens, rows), x.dtype, (tokens, rows, columns))
+
+    def expand(self, starts: Tensor, records: Tensor, dtype: torch.dtype, panel: tuple[int, int, int]) -> Tensor:
+        """The `panel` of the packed weight: from its first row on so many rows and columns."""
+        _, rows, columns = panel
+        how = variants.launch(variants.expand_variant(dtype), rows, columns)
+        return self._call("emulate_expand", how, [starts, records], (rows, columns), dtype, panel)
+
+    def _call(
+        self,
+        name: str,
+        how: Launch,
+        inputs: list[Tensor | None],
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        sizes: tuple[int, ...],
+    ) -> Tensor:
+        copies = [
+            tensor if tensor is None else _allocate(tensor.shape, tensor.dtype)[0].copy_(tensor) for tensor in inputs
+        ]
+        ranges = [Range(copy.data_ptr(), copy.data_ptr() + copy.nbytes) for copy in copies if copy is not None]
+        call = Call(
+            how.grid, how.block, how.shared_bytes, self.at_once, self.descending, len(ranges), (Range * 4)(*ranges)
+        )
+        result, memory = _allocate(shape, dtype)
+        pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in (*copies, result)]
+        faults = getattr(self._library, name)(ctypes.byref(call), *pointers, *map(ctypes.c_int, sizes))
+        begin = result.data_ptr() - memory.data_ptr()
+        outside = torch.cat((memory[:begin], memory[begin + result.nbytes :]))
+        if faults or not torch.all(outside == 0xFF):
+            raise Fault(f"{faults} faults, {(outside != 0xFF).sum()} bytes written outside of the result")
+        return result
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A tensor at a multiple of 16 bytes, and the memory that it is a part of; all bits are set, which is no number."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    memory = torch.full((size + 3 * MARGIN,), 0xFF, dtype=torch.uint8)
+    begin = MARGIN + -memory.data_ptr() % 16
+    return memory[begin : begin + size].view(dtype).view(shape), memory
