@@ -54,6 +54,12 @@ def test_a_sparse_head(sparse, tmp_path):
     assert "lm_head is stored sparse" in refuse(head)
 
 
+def test_new_weights_in_place(sparse):
+    expected = "is sparse, and weights cannot be loaded in place into sparse layers: start vLLM anew with the new"
+    with engine(sparse) as llm, pytest.raises(EfxError, match=expected):
+        llm.collective_rpc("reload_weights")
+
+
 def test_without_the_plugin_vllm_refuses_the_checkpoint(sparse):
     result, served = serve_once(sparse, PROMPTS, VLLM_PLUGINS="")
     assert result.returncode == 1 and served is None

@@ -1,5 +1,6 @@
 """vLLM serves a sparse checkpoint like the same weights stored dense: see `integration.served` for what that means."""
 
+import gc
 import json
 import traceback
 import weakref
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from efx_plugin.checkpoint.formats.registry import part_names
+from efx_plugin.kernels import PackedWeight
 from integration.served import difference
 from integration.serving_models import (
     ARCHITECTURES,
@@ -60,7 +62,7 @@ def test_a_fault_is_more_than_rounding(llama, dense, fault, tmp_path):
 
 
 def test_one_layer_is_staged_at_a_time(llama, dense, monkeypatch):
-    from efx_plugin.serving import weight_loader
+    from efx_plugin.serving import shards, weight_loader
 
     staged, expanded, peak = weakref.WeakSet(), weakref.WeakSet(), {"staged": 0, "expanded": 0}
 
@@ -76,9 +78,9 @@ def test_one_layer_is_staged_at_a_time(llama, dense, monkeypatch):
         peak["expanded"] = max(peak["expanded"], len(expanded))
         return dense
 
-    real_decompress = weight_loader.decompress
+    real_decompress = shards.decompress
     monkeypatch.setattr(weight_loader, "ModelWeightParameter", Staging)
-    monkeypatch.setattr(weight_loader, "decompress", decompress)
+    monkeypatch.setattr(shards, "decompress", decompress)
     assert_same(dense, serve(llama / "sparse-bitmask"), kernel())
     assert peak == {"staged": 1, "expanded": 1}
     assert not staged and not expanded
@@ -115,6 +117,28 @@ def test_layers_in_ignore_are_dense(llama, dense, tmp_path):
     assert sorted(layers[0]) == sorted(
         f"model.layers.{layer}.{name}" for layer, names in enumerate(parts) for name in names
     )
+
+
+def test_graphs_that_vllm_keeps_are_kept_for_the_kernel(llama):
+    with engine(llama / "sparse-bitmask") as llm:
+        config = llm.llm_engine.vllm_config
+        assert config.additional_config["efx_plugin"]["kernels"] == [kernel()]
+        kept = config.compute_hash()
+        config.additional_config["efx_plugin"]["kernels"] = ["another"]
+        assert config.compute_hash() != kept
+
+
+def test_packed_weights_go_when_the_engine_goes(llama):
+    def alive() -> int:
+        gc.unfreeze()  # vLLM hides what it has loaded from the collector
+        gc.collect()
+        return sum(isinstance(one, PackedWeight) for one in gc.get_objects())
+
+    counts = []
+    for _ in range(2):  # vLLM keeps the last engine until the next one is made
+        with engine(llama / "sparse-bitmask"):
+            counts.append(alive())
+    assert counts[0] == counts[1] > 0
 
 
 def test_it_is_served_as_the_dense_checkpoint_when_compiled(llama):

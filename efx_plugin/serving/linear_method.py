@@ -4,12 +4,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, register_weight_loader_v2_supported_method
 
 from efx_plugin.kernels import PackedWeight, kernel_summary, sparse_linear
+from efx_plugin.serving.launch import PLUGIN
 from efx_plugin.serving.quantized import Int8Scheme
 from efx_plugin.serving.weight_loader import SparseWeightLoader
+from efx_plugin.version import __version__
 
 logger = init_logger("vllm.efx_plugin")
 
@@ -58,6 +61,7 @@ class SparseLinearMethod(LinearMethodBase):
         """
         layer.packed_weight = layer.sparse_loader.finish()
         del layer.sparse_loader
+        _tell_cache(layer.packed_weight.kernel)
         # The line is the same for every layer, so that each process logs it once.
         logger.info_once(
             "efx-plugin: sparse layers run on the %s kernel (%s).",
@@ -68,6 +72,18 @@ class SparseLinearMethod(LinearMethodBase):
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return sparse_linear(x, layer.packed_weight, bias)
+
+
+def _tell_cache(kernel: str) -> None:
+    """Make the kernel a part of vLLM's configuration, under whose hash vLLM keeps compiled graphs for later starts.
+
+    A graph names the kernel and has its tensors for inputs. vLLM loads it again without looking whether they are still
+    the same: another machine, EFX_KERNEL or a library that was missing change them.
+    """
+    config = get_current_vllm_config().additional_config
+    if isinstance(config, dict):  # of a platform outside of vLLM it may be an object, which is left alone
+        kernels = {*config.get(PLUGIN, {}).get("kernels", ()), kernel}
+        config[PLUGIN] = {"kernels": sorted(kernels), "version": __version__}
 
 
 def kernels_in_use(model: torch.nn.Module) -> list[str]:

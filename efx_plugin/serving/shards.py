@@ -77,7 +77,9 @@ class ShardCollector:
         return len(self._arrived) == len(self.rows) * len(self.parts)
 
     def add(self, part: str, tensor: Tensor, shard: ShardId | list[Member] = None) -> None:
-        """Set a tensor aside; it is not copied.
+        """Set a tensor aside, in the memory of the CPU, where it is checked and expanded; there it is not copied.
+
+        A tensor on a GPU is one of a loader that may use its memory again, once it goes on to the next.
 
         Raises:
             SparseCheckpointError: it has come before, or the layer has no such shard.
@@ -87,7 +89,7 @@ class ShardCollector:
         if arrived & self._arrived:
             raise SparseCheckpointError(f"{self.name(shard)}.{part} is in the checkpoint twice: export it again")
         self._arrived |= arrived
-        self._collected.setdefault(shard, {})[part] = tensor
+        self._collected.setdefault(shard, {})[part] = tensor.cpu()
 
     def pop(self) -> tuple[ShardId, Tensor, Tensor | None]:
         """Validate and expand one of the shards, and forget it: its id, weight [rows, columns], scale [rows, 1] if any.

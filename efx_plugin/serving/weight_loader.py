@@ -18,7 +18,7 @@ from vllm.model_executor.layers.fused_moe import GateLinear, RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
 from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter, ModelWeightParameter
 
-from efx_plugin.errors import SparseCheckpointError
+from efx_plugin.errors import EfxError, SparseCheckpointError
 from efx_plugin.kernels import PackedWeight, pack
 from efx_plugin.serving.quantized import Int8Scheme
 from efx_plugin.serving.shards import Member, ShardCollector, ShardId, placeholder_dtypes
@@ -64,10 +64,11 @@ class SparseWeightLoader:
             scheme=scheme,
             dtype=dtype,
         )
+        self.entrance = _Entrance(layer.prefix, self)
         for part, part_dtype in self.shards.parts.items():
-            layer.register_parameter(part, _placeholder(part_dtype, partial(self._load_part, part)))
+            layer.register_parameter(part, _placeholder(part_dtype, self.entrance.of(part)))
         # vLLM's LoRA layers look at `weight` too, for its device; so it stays when the others go.
-        layer.register_parameter("weight", _placeholder(dtype, self._refuse_dense))
+        layer.register_parameter("weight", _placeholder(dtype, self.entrance.of("weight")))
         self.device = layer.weight.device
 
     def finish(self) -> PackedWeight:
@@ -80,10 +81,21 @@ class SparseWeightLoader:
             raise self.shards.missing()
         for name in self.shards.parts:
             delattr(self.layer, name)
+        self.entrance.close()
         return self.packed
 
-    def _load_part(self, part: str, param: Tensor, loaded_weight: Tensor, loaded_shard_id: ShardId = None) -> None:
-        self.shards.add(part, loaded_weight, loaded_shard_id)
+    def load(self, part: str, tensor: Tensor, shard: ShardId) -> None:
+        """Take a tensor of the checkpoint; the layer is packed when the last one has come.
+
+        Raises:
+            SparseCheckpointError: it does not belong there.
+        """
+        if part == "weight":
+            raise SparseCheckpointError(
+                f"{self.shards.name(shard)}.weight is stored dense, but config.json says that it is sparse: add it to "
+                "`ignore` in sparsity_config or export the model again"
+            )
+        self.shards.add(part, tensor, shard)
         if self.shards.is_complete:
             self.packed = self._pack()
 
@@ -123,11 +135,33 @@ class SparseWeightLoader:
         staging.tp_rank, staging.tp_size = self.layer.tp_rank, self.layer.tp_size
         return staging
 
-    def _refuse_dense(self, param: Tensor, loaded_weight: Tensor, loaded_shard_id: ShardId = None) -> NoReturn:
-        raise SparseCheckpointError(
-            f"{self.shards.name(loaded_shard_id)}.weight is stored dense, but config.json says that it is sparse: add "
-            "it to `ignore` in sparsity_config or export the model again"
-        )
+
+class _Entrance:
+    """Where the tensors of a layer come in, until it is closed.
+
+    vLLM keeps copies of a layer's first parameters, and with them this, to load new weights in place one day. So this
+    must not keep the layer and its weights alive.
+    """
+
+    def __init__(self, layer: str, loader: SparseWeightLoader) -> None:
+        self._layer = layer
+        self._loader: SparseWeightLoader | None = loader
+
+    def of(self, part: str) -> Callable[..., None]:
+        """vLLM's weight loader for a tensor of that name."""
+
+        def load(param: Tensor, loaded_weight: Tensor, loaded_shard_id: ShardId = None) -> None:
+            if self._loader is None:
+                raise EfxError(
+                    f"{self._layer} is sparse, and weights cannot be loaded in place into sparse layers: start vLLM "
+                    "anew with the new checkpoint"
+                )
+            self._loader.load(part, loaded_weight, loaded_shard_id)
+
+        return load
+
+    def close(self) -> None:
+        self._loader = None
 
 
 def refuse_parts(layer: torch.nn.Module, prefix: str, format_name: str) -> None:
@@ -137,11 +171,14 @@ def refuse_parts(layer: torch.nn.Module, prefix: str, format_name: str) -> None:
     else:
         reason = "but vLLM runs embeddings, heads and routers dense only: add it to `ignore`"
 
-    def refuse(part: str, param: Tensor, loaded_weight: Tensor, loaded_shard_id: ShardId = None) -> NoReturn:
-        raise SparseCheckpointError(f"{prefix} is stored sparse (as {part}), {reason} and export the model again")
+    def refusal(part: str) -> Callable[..., NoReturn]:
+        def refuse(param: Tensor, loaded_weight: Tensor, loaded_shard_id: ShardId = None) -> NoReturn:
+            raise SparseCheckpointError(f"{prefix} is stored sparse (as {part}), {reason} and export the model again")
+
+        return refuse
 
     for part, dtype in placeholder_dtypes(format_name, torch.get_default_dtype()).items():
-        layer.register_parameter(part, _placeholder(dtype, partial(refuse, part)))
+        layer.register_parameter(part, _placeholder(dtype, refusal(part)))
 
 
 def refuse_expert_parts(layer: RoutedExperts, prefix: str, format_name: str) -> None:
@@ -160,7 +197,7 @@ def refuse_expert_parts(layer: RoutedExperts, prefix: str, format_name: str) -> 
 
 
 def _placeholder(dtype: torch.dtype, loader: Callable[..., None]) -> torch.nn.Parameter:
-    """An empty parameter that stands for a tensor of the checkpoint and leads it to `loader`."""
+    """An empty parameter that stands for a tensor of the checkpoint and leads it to `loader`, which has a name."""
     placeholder = torch.nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
     vars(placeholder)["weight_loader"] = loader
     return placeholder

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from efx_plugin.checkpoint import find_format, format_names
 from efx_plugin.errors import SparseCheckpointError
@@ -64,6 +65,14 @@ def test_shards_come_out_as_they_were_whatever_the_order(format_name, scheme):
         assert torch.equal(weight, weights.pop(shard))
         assert scale is scales.get(shard)
     assert not weights
+
+
+def test_tensors_that_come_on_a_gpu_are_set_aside_on_the_cpu():
+    shards = collector()
+    with FakeTensorMode():
+        shards.add("compressed", torch.empty(5, dtype=torch.bfloat16, device="cuda:0"), "q")
+        shard = shards._collected["q"]
+        assert shard["compressed"].device == torch.device("cpu")
 
 
 @pytest.mark.parametrize("shard", [None, ("q", "k", "v"), ["q", "k", "v"]])
