@@ -315,9 +315,14 @@ def compare(
     for notice in split.notices:
         console.print(notice, highlight=False, markup=False)
     _choose_device(device)
-    from efx_plugin.evaluate.grid import run_grid
+    from efx_plugin.evaluate.grid import run_grid, unfinished
 
-    report = run_grid(request.cells(split.data), request.cache, progress=not quiet)
+    cells = request.cells(split.data)
+    if unfinished(cells, request.cache):  # every cell would fail of an adapter that does not fit
+        from efx_plugin.model.loading import inspect_sources
+
+        inspect_sources(request.model, request.adapter)
+    report = run_grid(cells, request.cache, progress=not quiet)
     if as_json:
         print(json.dumps(report.as_json()))
     elif not quiet:

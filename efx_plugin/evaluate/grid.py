@@ -65,8 +65,17 @@ def run_grid(cells: Sequence[Cell], cache: Path, progress: bool = True) -> Repor
     return build([Finding(wanted[key], one, cache / f"{key}.npz") for key, one in found.items()], failed)
 
 
+def unfinished(cells: Sequence[Cell], cache: Path) -> list[Cell]:
+    """The cells that `run_grid` would run."""
+    return [cell for cell in cells if not _result(cache, cell.key()).is_file()]
+
+
+def _result(cache: Path, key: str) -> Path:
+    return cache / f"{key}.json"
+
+
 def _read(cache: Path, key: str) -> CellResult | None:
-    path = cache / f"{key}.json"
+    path = _result(cache, key)
     if not path.is_file():
         return None
     return CellResult.from_json(json.loads(path.read_text())["result"])
@@ -75,7 +84,7 @@ def _read(cache: Path, key: str) -> CellResult | None:
 def _run(cell: Cell, key: str, cache: Path, left: str) -> CellResult | Failure:
     request, log = cache / f"{key}.request.json", cache / f"{key}.log"
     write_atomically(request, json.dumps(cell.as_json()).encode())
-    command = [sys.executable, "-m", _RUNNER, str(request), str(cache / f"{key}.json")]
+    command = [sys.executable, "-m", _RUNNER, str(request), str(_result(cache, key))]
     with log.open("w") as stream:
         child = subprocess.Popen(command, stdout=stream, stderr=stream, env=os.environ | _ENVIRONMENT)
         try:
