@@ -1,16 +1,11 @@
 """Who consumes whose output in a decoder block, by architecture.
 
-A table names the layers of the architectures that were checked by hand. For any other a map is generated from the
-names, shapes and norms in the block; where those allow more than one reading, the architecture is refused.
+A table names the layers of the architectures that were checked; any other is refused.
 """
 
-import ast
-import inspect
 import re
-import sys
-import textwrap
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
@@ -64,11 +59,6 @@ class _StreamNorms(TypedDict):
 
 
 _QK_NORMS: _QueryKeyNorms = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
-_NORMS_BEFORE: _StreamNorms = {
-    "output_norm": None,
-    "mlp_norm": "post_attention_layernorm",
-    "down_norm": None,
-}
 _NORMS_BEHIND: _StreamNorms = {
     "output_norm": "post_attention_layernorm",
     "mlp_norm": None,
@@ -79,8 +69,13 @@ _NORMS_AROUND: _StreamNorms = _NORMS_BEHIND | {"mlp_norm": "pre_feedforward_laye
 PROPAGATION_MAPS = {
     "LlamaForCausalLM": PropagationMap(),
     "MistralForCausalLM": PropagationMap(),
+    "MinistralForCausalLM": PropagationMap(),
+    "Ministral3ForCausalLM": PropagationMap(),
+    "SeedOssForCausalLM": PropagationMap(),
+    "GraniteForCausalLM": PropagationMap(),
     "Qwen2ForCausalLM": PropagationMap(),
     "Qwen3ForCausalLM": PropagationMap(**_QK_NORMS),
+    "GemmaForCausalLM": PropagationMap(),
     "Gemma2ForCausalLM": PropagationMap(**_NORMS_AROUND),
     "Gemma3ForCausalLM": PropagationMap(**_QK_NORMS, **_NORMS_AROUND),
     "Phi3ForCausalLM": PropagationMap(
@@ -92,8 +87,10 @@ PROPAGATION_MAPS = {
     ),
     "OlmoForCausalLM": PropagationMap(),
     "Olmo2ForCausalLM": PropagationMap(**_QK_NORMS, **_NORMS_BEHIND),
+    "Olmo3ForCausalLM": PropagationMap(**_QK_NORMS, **_NORMS_BEHIND),
     # Experts as llm-compressor makes linear layers of them; a Qwen3-MoE may have dense blocks among the others.
     "MixtralForCausalLM": PropagationMap(mlp=r"re:mlp\.experts\.\d+"),
+    "OlmoeForCausalLM": PropagationMap(mlp=r"re:mlp\.experts\.\d+", **_QK_NORMS),
     "Qwen3MoeForCausalLM": PropagationMap(mlp=r"re:mlp(\.experts\.\d+)?", **_QK_NORMS),
 }
 
@@ -166,11 +163,11 @@ class BlockMap:
 
 
 class _Unfit(Exception):
-    """Why a map does not fit, as a clause to stand after the name of the architecture."""
+    """Why a map does not fit, as a clause to stand after "a model"."""
 
 
 def block_map(model: nn.Module, block: str, layers: list[LinearLayer]) -> BlockMap:
-    """The registered map of the model's class, else a generated one, resolved and checked by shapes.
+    """The map of the model's class, resolved and checked by shapes.
 
     Args:
         model: the transformers model.
@@ -178,21 +175,26 @@ def block_map(model: nn.Module, block: str, layers: list[LinearLayer]) -> BlockM
         layers: every linear layer of the block, pruned or not.
 
     Raises:
-        EfxError: no map fits, or more than one would.
+        EfxError: the class has no map, or the model does not fit it.
     """
     architecture = type(model).__name__
+    names = PROPAGATION_MAPS.get(architecture)
+    if names is None:
+        raise EfxError(
+            f"there is no propagation map for {architecture}: use propagation 'block' or 'fisher', which need none, or "
+            "add one to efx_plugin.model.architectures.PROPAGATION_MAPS"
+        )
     by_name = {layer.name.removeprefix(block + "."): layer for layer in layers}
     module = model.get_submodule(block)
     try:
         if any(parameter.dim() == 3 for parameter in module.parameters()):
             raise _Unfit("whose experts are fused into one tensor, which llm-compressor's linearize_moe takes apart")
-        names = PROPAGATION_MAPS.get(architecture) or generate_map(module, by_name)
         config: Any = model.config
         return _resolve(names, module, by_name, config.get_text_config())
     except _Unfit as reason:
         raise EfxError(
-            f"there is no propagation map for {architecture}, {reason} ({block}): use propagation 'block' or 'fisher', "
-            "which need none"
+            f"the propagation map of {architecture} does not fit a model {reason} ({block}): use propagation 'block' "
+            "or 'fisher', which need none"
         ) from None
 
 
@@ -323,157 +325,4 @@ def _partial_rotary_factor(config: Any) -> float:
 
 
 def _activations(mlp: nn.Module) -> list[nn.Module]:
-    return [child for child in mlp.children() if not _has_state(child)]
-
-
-# ----------------------------------------------------------------------------------------------- generating
-
-
-# The names that one role has in different models. Fused layers are not among them: nothing but the code of a model
-# tells in which order their rows are (by role, or by head and then by role).
-_PROJECTIONS = {
-    "query": re.compile(r"q(_proj|_lin)?|wq|query(_proj)?"),
-    "key": re.compile(r"k(_proj|_lin)?|wk|key(_proj)?"),
-    "value": re.compile(r"v(_proj|_lin)?|wv|value(_proj)?"),
-}
-_GATED = {"gate": re.compile(r"gate(_proj)?"), "up": re.compile(r"up(_proj)?")}
-
-# Where the norms of a block are, by the names of all of them.
-_NORM_LAYOUTS: dict[frozenset[str], _StreamNorms] = {
-    frozenset({"input_layernorm", "post_attention_layernorm"}): _NORMS_BEFORE,
-    frozenset({"post_attention_layernorm", "post_feedforward_layernorm"}): _NORMS_BEHIND,
-    frozenset(
-        {"input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"}
-    ): _NORMS_AROUND,
-}
-
-
-def generate_map(block: nn.Module, by_name: dict[str, LinearLayer]) -> PropagationMap:
-    """The map of a decoder block that no table knows.
-
-    Linear layers are taken by module: one with layers named after q, k and v and one more, which consumes them, is
-    the attention; one with layers named after gate and up and one more is an MLP. Nothing else with parameters may be
-    in the block but norms in a known layout and a router.
-
-    Args:
-        block: the decoder block.
-        by_name: every linear layer in it, by its name inside the block.
-
-    Raises:
-        _Unfit: the block has anything that could be read in another way.
-    """
-    leaves: dict[str, list[str]] = {}
-    for name in by_name:
-        parent, _, leaf = name.rpartition(".")
-        leaves.setdefault(parent, []).append(leaf)
-    attentions, mlps = {}, {}
-    for parent, names in leaves.items():
-        if roles := _roles(names, _PROJECTIONS, "output"):
-            attentions[parent] = roles
-        elif roles := _roles(names, _GATED, "down"):
-            mlps[parent] = roles
-        else:
-            raise _Unfit(f"where the roles of {', '.join(names)} in {parent or 'the block'} are not clear")
-    if len(attentions) != 1 or not mlps:
-        raise _Unfit(f"whose blocks have {len(attentions)} attentions and {len(mlps)} gated MLPs of linear layers")
-    ((attention, projections),) = attentions.items()
-    _check_attention(block.get_submodule(attention), projections)
-    pattern = _mlp_pattern(block, mlps)
-    found = PropagationMap(
-        **{role: f"{attention}.{leaf}" for role, leaf in projections.items()},
-        **next(iter(mlps.values())),
-        mlp=pattern,
-        **_norm_layout(block, {attention.partition(".")[0], next(iter(mlps)).partition(".")[0]}),
-    )
-    if hasattr(block.get_submodule(attention), "q_norm"):
-        found = replace(found, query_norm=f"{attention}.q_norm", key_norm=f"{attention}.k_norm")
-    if pattern.startswith("re:") and found.down_norm is not None:
-        raise _Unfit("whose experts are normalized together")
-    return found
-
-
-def _roles(leaves: list[str], spellings: dict[str, re.Pattern[str]], consumer: str) -> dict[str, str] | None:
-    found = {role: [leaf for leaf in leaves if spelling.fullmatch(leaf)] for role, spelling in spellings.items()}
-    rest = [leaf for leaf in leaves if not any(leaf in matching for matching in found.values())]
-    if any(len(matching) != 1 for matching in found.values()) or len(rest) != 1:
-        return None
-    return {role: matching[0] for role, matching in found.items()} | {consumer: rest[0]}
-
-
-def _check_attention(attention: nn.Module, projections: dict[str, str]) -> None:
-    others = _others(attention, projections.values())
-    if others not in (set(), {"q_norm", "k_norm"}):
-        raise _Unfit(f"whose attention has {', '.join(sorted(others))} as well")
-    for name in others:
-        weight = getattr(attention.get_submodule(name), "weight", None)
-        if weight is None or weight.dim() != 1:
-            raise _Unfit(f"in whose attention {name} is no norm of a known kind")
-    # A rotary embedding mixes channels j and j + d/2 in most models, and 2j and 2j + 1 in others.
-    rotate_half = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
-    if rotate_half is None or rotate_half(torch.arange(4.0)).tolist() != [-2, -3, 0, 1]:
-        raise _Unfit("whose rotary embedding is not the usual one")
-    if not _rotates_last_and_always(attention):
-        raise _Unfit("whose attention rotates queries and keys not at all, in some layers only, or before their norms")
-
-
-def _rotates_last_and_always(attention: nn.Module) -> bool:
-    """Whether `forward` rotates queries and keys unconditionally, once, and not before it normalizes them.
-
-    Only the code tells: neither names nor shapes show that Exaone 4 and SmolLM3 rotate in some of their layers.
-    """
-    try:
-        source = textwrap.dedent(inspect.getsource(type(attention).forward))
-    except (OSError, TypeError):
-        return False
-    function = ast.parse(source).body[0]
-    if not isinstance(function, ast.FunctionDef):
-        return False
-    rotations = [
-        index
-        for index, statement in enumerate(function.body)
-        if isinstance(statement, ast.Assign)
-        and isinstance(statement.value, ast.Call)
-        and getattr(statement.value.func, "id", None) == "apply_rotary_pos_emb"
-    ]
-    norms = [
-        index
-        for index, statement in enumerate(function.body)
-        for node in ast.walk(statement)
-        if isinstance(node, ast.Attribute) and node.attr in ("q_norm", "k_norm")
-    ]
-    return len(rotations) == 1 and all(index < rotations[0] for index in norms)
-
-
-def _mlp_pattern(block: nn.Module, mlps: dict[str, dict[str, str]]) -> str:
-    first, *rest = mlps
-    expert = re.fullmatch(r"(.+)\.experts\.\d+", first)
-    if expert is None:
-        if rest:
-            raise _Unfit(f"whose blocks have the MLPs {', '.join(mlps)}")
-        if others := _others(block.get_submodule(first), mlps[first].values()):
-            raise _Unfit(f"whose {first} has {', '.join(sorted(others))} as well")
-        return first
-    pattern = rf"re:{re.escape(expert[1])}\.experts\.\d+"
-    if not all(_matches(path, pattern) and hasattr(block.get_submodule(path), "_apply_gate") for path in mlps):
-        raise _Unfit("whose experts are not alike, or not those that llm-compressor makes")
-    if len(others := _others(block.get_submodule(expert[1]), ["experts"])) > 1:  # one is the router
-        raise _Unfit(f"whose {expert[1]} has {', '.join(sorted(others))} as well")
-    return pattern
-
-
-def _norm_layout(block: nn.Module, sublayers: set[str]) -> _StreamNorms:
-    norms = frozenset(_others(block, sublayers))
-    if norms not in _NORM_LAYOUTS:
-        raise _Unfit(f"whose blocks have {', '.join(sorted(norms)) or 'no norms'} beside attention and MLP")
-    return _NORM_LAYOUTS[norms]
-
-
-def _others(module: nn.Module, known: Iterable[str]) -> set[str]:
-    """Names of direct children and parameters that are not known and may change what passes through."""
-    children = {name for name, child in module.named_children() if _has_state(child)}
-    return (children | {name for name, _ in module.named_parameters(recurse=False)}) - set(known)
-
-
-def _has_state(module: nn.Module) -> bool:
-    """Norms count whether or not they have a gain."""
-    return next(module.parameters(), None) is not None or type(module).__name__.endswith("Norm")
+    return [child for child in mlp.children() if next(child.parameters(), None) is None]

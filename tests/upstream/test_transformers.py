@@ -1,7 +1,5 @@
 """What we assume of transformers' private parts."""
 
-import inspect
-
 import pytest
 import torch
 from transformers import PreTrainedModel, core_model_loading, modeling_utils
@@ -105,9 +103,7 @@ def test_conversions_are_where_they_are_imported_from():
 # Models.
 
 
-def test_attention_rotates_in_a_statement_of_its_own():
-    source = inspect.getsource(modeling_llama.LlamaAttention.forward)
-    holds("query_states, key_states = apply_rotary_pos_emb(" in source, HOST, "attention rotates otherwise", MAPS)
+def test_rotation_mixes_the_halves_of_a_head():
     rotated = modeling_llama.rotate_half(torch.arange(4.0)).tolist()
     holds(rotated == [-2, -3, 0, 1], HOST, "rotate_half mixes other channels", MAPS)
 
