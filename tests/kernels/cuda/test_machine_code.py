@@ -1,0 +1,87 @@
+"""The CUDA kernels compile for every architecture, and to no more instructions and registers than they once did.
+
+Compiling needs NVRTC, and no GPU.
+"""
+
+import pytest
+import torch
+
+from efx_plugin.kernels.cuda import program, variants
+from efx_plugin.kernels.cuda.layout import TILE
+from efx_plugin.kernels.cuda.variants import Variant
+from tests.support import machine_code
+
+# Registers per thread, and instructions per weight in the main loop, of `decode` by architecture and most tokens.
+# Compiled by NVRTC 13.0.88.
+FIGURES = {
+    "sm_80": {8: (40, 6.53), 16: (48, 7.63), 32: (112, 7.13), 64: (239, 7.57)},
+    "sm_86": {8: (40, 6.53), 16: (48, 7.69), 32: (112, 7.13), 64: (239, 7.57)},
+    "sm_89": {8: (40, 6.53), 16: (48, 7.69), 32: (112, 7.13), 64: (239, 7.57)},
+    "sm_90": {8: (40, 6.56), 16: (48, 7.59), 32: (113, 7.14), 64: (242, 7.59)},
+    "sm_100": {8: (40, 7.06), 16: (48, 7.56), 32: (117, 7.38), 64: (246, 7.89)},
+    "sm_120": {8: (42, 6.78), 16: (48, 7.34), 32: (118, 7.39), 64: (244, 8.21)},
+}
+REGISTERS_OF_EXPAND = 40
+TOLERANCE = 1.10
+MOST_REGISTERS = 255  # of a thread
+
+every_figure = pytest.mark.parametrize(
+    ("arch", "tokens"), [(arch, tokens) for arch, figures in FIGURES.items() for tokens in figures]
+)
+
+
+def compiled(variant: Variant, arch: str) -> bytes:
+    return program.compile_cubin(variants.source(), "sparse_linear.cu", dict(variant.defines), arch)
+
+
+def instructions_per_weight(cubin: bytes, variant: Variant) -> float:
+    """In the loop with the matrix products, each pass of which takes one tile of each block of rows."""
+    (loop,) = (
+        loop
+        for loop in machine_code.loops(cubin, variant.symbol)
+        if any(instruction.operation.startswith("HMMA") for instruction in loop)
+    )
+    return len(loop) / (variant.row_blocks * TILE / 32)
+
+
+@every_figure
+def test_instructions_and_registers_do_not_rise(arch, tokens):
+    registers, instructions = FIGURES[arch][tokens]
+    variant = variants.decode_variant(torch.bfloat16, tokens)
+    cubin = compiled(variant, arch)
+    found = machine_code.resources(cubin)
+    assert found[variant.symbol].registers <= min(MOST_REGISTERS, registers * TOLERANCE)
+    assert found[variants.expand_variant(torch.bfloat16).symbol].registers <= REGISTERS_OF_EXPAND * TOLERANCE
+    assert all(kernel.stack_bytes == 0 for kernel in found.values()), "registers are spilled"
+    assert instructions_per_weight(cubin, variant) <= instructions * TOLERANCE
+
+
+@every_figure
+def test_float16_needs_what_bfloat16_does(arch, tokens):
+    variant = variants.decode_variant(torch.float16, tokens)
+    found = machine_code.resources(compiled(variant, arch))[variant.symbol]
+    assert found.registers <= FIGURES[arch][tokens][0] * TOLERANCE and found.stack_bytes == 0
+
+
+def test_the_figures_are_of_all_variants():
+    for dtype in variants.DTYPES:
+        tokens = [variant.tokens for variant in variants.decode_variants(dtype)]
+        assert all(list(figures) == tokens for figures in FIGURES.values())
+
+
+def test_decoding_for_few_tokens_is_within_the_budget():
+    """Of issue slots while an H100 streams a weight of half density, and of registers for four blocks at a time."""
+    for figures in FIGURES.values():
+        registers, instructions = figures[8]
+        assert registers <= 64 and instructions <= 7.5
+
+
+def test_a_spill_is_seen():
+    source = """extern "C" __global__ void __launch_bounds__(1024) spilling(float* x) {
+        float values[200];
+        for (int i = 0; i < 200; i++) values[i] = x[i * 1024 + threadIdx.x];
+        __syncthreads();
+        for (int i = 0; i < 200; i++) x[threadIdx.x * 200 + i] = values[199 - i] * values[i];
+    }"""
+    cubin = program.compile_cubin(source, "spilling.cu", {}, "sm_90")
+    assert machine_code.resources(cubin)["spilling"].stack_bytes > 0
