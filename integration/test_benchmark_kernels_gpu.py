@@ -116,13 +116,13 @@ def test_a_right_kernel_is_found_right(gpu, monkeypatch):
 @pytest.mark.parametrize("tokens", [5, 100])
 def test_a_wrong_kernel_is_found_wrong(gpu, monkeypatch, tokens):
     monkeypatch.setattr(kernels_gpu, "CHECKED", [(40, 72, tokens)])
-    launch = gpu.launch
+    compute = gpu.compute
 
-    def forgets_a_row(symbol, arguments):
-        launch(symbol, arguments)
-        arguments[4 if symbol == "efx_decode" else 2][0, -1] = float("nan")
+    def forgets_one(function, how, arguments):
+        compute(function, how, arguments)
+        arguments[4 if how.symbol == "efx_decode" else 2][0, -1] = float("nan")
 
-    monkeypatch.setattr(gpu, "launch", forgets_a_row)
+    monkeypatch.setattr(gpu, "compute", forgets_one)
     assert not any(record["right"] for record in kernels_gpu.correctness())
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -66,6 +67,21 @@ class EmulatedGpu:
         how = variants.launch(variants.expand_variant(dtype), rows, columns)
         return self._call("emulate_expand", how, [starts, records], (rows, columns), dtype, panel)
 
+    def launch(self, symbol: str, how: Launch, arguments: Sequence[Tensor | int | None]) -> None:
+        """Launch a kernel on its arguments as they are.
+
+        Raises:
+            Fault: on a GPU it would be an error or undefined.
+        """
+        tensors = [one for one in arguments if isinstance(one, Tensor)]
+        ranges = [Range(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors]
+        call = Call(*(how.grid, how.block, how.shared_bytes), self.at_once, self.descending)
+        call.ranges, call.range = min(4, len(ranges)), (Range * 4)(*ranges[:4])
+        values = [ctypes.c_int(one) if isinstance(one, int) else _pointer(one) for one in arguments]
+        faults = getattr(self._library, symbol.replace("efx", "emulate"))(ctypes.byref(call), *values)
+        if faults:
+            raise Fault(f"{faults} faults")
+
     def _call(
         self,
         name: str,
@@ -83,13 +99,17 @@ class EmulatedGpu:
             how.grid, how.block, how.shared_bytes, self.at_once, self.descending, len(ranges), (Range * 4)(*ranges)
         )
         result, memory = _allocate(shape, dtype)
-        pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in (*copies, result)]
+        pointers = map(_pointer, (*copies, result))
         faults = getattr(self._library, name)(ctypes.byref(call), *pointers, *map(ctypes.c_int, sizes))
         begin = result.data_ptr() - memory.data_ptr()
         outside = torch.cat((memory[:begin], memory[begin + result.nbytes :]))
         if faults or not torch.all(outside == 0xFF):
             raise Fault(f"{faults} faults, {(outside != 0xFF).sum()} bytes written outside of the result")
         return result
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

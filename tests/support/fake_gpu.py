@@ -3,6 +3,7 @@
 It stands below `efx_plugin.kernels.cuda.driver.Function`, so that all above it runs as it does on a GPU.
 """
 
+import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -79,31 +80,33 @@ class FakeGpu:
         for made_once in (kernel.loaded, buffer.panel_buffer):
             made_once.cache_clear()
 
-    def launch(self, symbol: str, arguments: Sequence[Tensor | int | None]) -> None:
-        """Compute what a function computes."""
-        {"efx_decode": _decode, "efx_expand": _expand}[symbol](*arguments)
+    def compute(self, function: "Function", how: Launched, arguments: Sequence[Tensor | int | None]) -> None:
+        """What a launch does."""
+        {"efx_decode": _decode, "efx_expand": _expand}[how.symbol](*arguments)
 
     def _compile(self, source: str, name: str, defines: dict[str, int], arch: str) -> bytes:
+        assert arch == "sm_{}{}".format(*self.capability)
         self.compiled.append(defines)
-        return arch.encode()
+        return json.dumps(defines).encode()
 
 
 class Function:
     """In the place of `driver.Function`."""
 
     def __init__(self, gpu: FakeGpu, cubin: bytes, symbol: str, shared_bytes: int, device: int | None) -> None:
-        assert cubin == b"sm_%d%d" % gpu.capability
         gpu.loaded.append((symbol, shared_bytes))
         self.gpu, self.symbol, self.allowed = gpu, symbol, shared_bytes
+        self.defines: dict[str, int] = json.loads(cubin)
 
     def launch(
         self, grid: int, block: int, shared_bytes: int, stream: int, arguments: Sequence[Tensor | int | None]
     ) -> None:
         assert shared_bytes <= self.allowed
         numbers = tuple(one for one in arguments if isinstance(one, int))
-        self.gpu.launched.append(Launched(self.symbol, stream, grid, block, shared_bytes, numbers))
+        how = Launched(self.symbol, stream, grid, block, shared_bytes, numbers)
+        self.gpu.launched.append(how)
         with _disable_current_modes(), torch.no_grad():  # a device's work is none of the host's
-            self.gpu.launch(self.symbol, arguments)
+            self.gpu.compute(self, how, arguments)
 
 
 def _decode(
