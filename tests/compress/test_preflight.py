@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from loguru import logger
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
@@ -13,6 +14,7 @@ from efx_plugin.compress.request import PruneRequest
 from efx_plugin.errors import EfxError
 from efx_plugin.model.loading import Sources
 from tests.support.tiny_llama import save_tiny_llama, tiny_llama, tiny_tokenizer
+from tests.support.tiny_models import tiny_model
 
 EXPERT = "EfficientXpertModifier: {{sparsity: 0.5, {}}}"
 QUANTIZE = "QuantizationModifier: {{targets: [Linear], ignore: [lm_head], scheme: {}}}"
@@ -73,6 +75,18 @@ def test_what_suits_the_model_passes(tmp_path):
     assert len(preflight(request(tmp_path, "published_50", adapter=adapter)).calibration) == 1
     for recipe in ("expert_50", "expert_2of4", "expert_50_w8a8", "sparsegpt_50", "wanda_50"):
         preflight(request(tmp_path, recipe))
+
+
+@pytest.mark.parametrize(("architecture", "said"), [("JetMoe", 1), ("Mixtral", 0)])
+def test_weights_that_are_no_linear_layers_are_said_to_stay(tmp_path, monkeypatch, architecture, said):
+    warned = []
+    monkeypatch.setattr(logger, "warning", warned.append)
+    model = tiny_model(architecture, linearize=False, vocab_size=128)
+    model.save_pretrained(tmp_path / "moe")
+    tiny_tokenizer().save_pretrained(tmp_path / "moe")
+    preflight(request(tmp_path, "wanda_50", tmp_path / "moe"))
+    assert len(warned) == said
+    assert all("stay as they are, such as model.layers.0" in line for line in warned)
 
 
 def test_a_classifier_has_no_loss_to_allocate_by(tmp_path):

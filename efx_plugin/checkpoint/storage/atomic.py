@@ -28,6 +28,8 @@ def refuse_existing(directory: str | os.PathLike[str]) -> None:
         raise EfxError(f"{above}, in which {directory.name} is to be written, is no directory")
     if not os.access(above, os.W_OK | os.X_OK):
         raise EfxError(f"{above}, in which {directory.name} is to be written, may not be written to")
+    if len(os.fsencode(_temporary(directory))) > os.pathconf(above, "PC_NAME_MAX"):
+        raise EfxError(f"{directory.name} is longer than names in {above} may be: choose a shorter one")
 
 
 def refuse_full(directory: str | os.PathLike[str], needed: int) -> None:
@@ -65,7 +67,7 @@ def new_directory(directory: str | os.PathLike[str], needed: int) -> Iterator[Pa
     refuse_existing(directory)
     refuse_full(directory, needed)
     _remove_leftovers(directory)
-    temporary = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.incomplete"
+    temporary = directory.parent / _temporary(directory)
     with _explained(directory, needed), _parents(directory):
         temporary.mkdir()
         lock = _lock(temporary)
@@ -82,6 +84,10 @@ def new_directory(directory: str | os.PathLike[str], needed: int) -> Iterator[Pa
             raise
         finally:
             os.close(lock)
+
+
+def _temporary(directory: Path) -> str:
+    return f".{directory.name}.{secrets.token_hex(4)}.incomplete"
 
 
 def _above(directory: Path) -> Path:

@@ -78,6 +78,13 @@ def test_a_parent_that_is_a_file_is_named(tmp_path):
         atomic.refuse_existing(tmp_path / "file" / "new")
 
 
+def test_a_name_that_the_disk_does_not_take_is_refused(tmp_path):
+    with pytest.raises(EfxError, match="choose a shorter one"):
+        atomic.refuse_existing(tmp_path / ("é" * 125))
+    with atomic.new_directory(tmp_path / ("é" * 115), 0):
+        pass
+
+
 def test_too_little_room_is_refused_before_anything_is_written(tmp_path):
     message = r"needs 1,000,000,000,000,000,000 bytes and its disk has [\d,]+ left"
     with pytest.raises(EfxError, match=message), atomic.new_directory(tmp_path / "new", 10**18):
