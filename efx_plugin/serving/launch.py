@@ -38,7 +38,8 @@ def serve(
 
     A vLLM that is built for CPU gets every core that this process may use, split over the ranks (its own choice keeps
     one back), a KV cache by the free memory, bfloat16, and the context length that the cache allows; but whatever the
-    environment or `arguments` settle stays as they say.
+    environment or `arguments` settle stays as they say. The dtype is bfloat16 also where the processor emulates it:
+    sparse kernels take the same time in float32, which would double the KV cache and every tensor that is stored dense.
 
     Args:
         directory: a model directory, sparse or not.
