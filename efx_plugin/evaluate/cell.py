@@ -176,8 +176,7 @@ class CellResult:
         tasks: scores by the name of the task: `accuracy`, `chance` and what else the task tells.
         sparsity: achieved over the target layers.
         bits_per_weight_stored, bits_per_weight_served: over the target layers, zeros counted as weights; see `bits`.
-        layers: of each target layer `name`, `weights` (their number), `sparsity` and `damage`; empty if nothing was
-            pruned.
+        layers: of each target layer `name`, `weights` (their number), `sparsity` and `damage`; see `PipelineResult`.
         notes: sentences.
         seconds: of the pipeline, loading included; evaluation is in `seconds_evaluation`.
         peak_mb: largest resident memory of the cell's process, in MB (1e6 bytes).

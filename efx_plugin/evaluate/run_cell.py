@@ -109,7 +109,7 @@ def run(cell: Cell, scratch: Path) -> tuple[CellResult, bytes]:
         sparsity=made.sparsity,
         bits_per_weight_stored=made.bits_per_weight_stored,
         bits_per_weight_served=made.bits_per_weight_served,
-        layers=_layers(model, made) if made.sparsity else [],
+        layers=_layers(model, made),
         notes=[*notes, *made.notes],
         seconds=seconds,
         seconds_evaluation=time.monotonic() - started,
@@ -137,17 +137,11 @@ def _sequences(path: Path, tokenizer: Any, samples: int, length: int, seed: int,
 
 
 def _layers(model: Any, made: PipelineResult) -> list[dict[str, Any]]:
-    """Name, number of weights, sparsity and damage of every target layer; None where the damage was not measured."""
+    """What the pipeline says of each target layer, and the number of its weights."""
     from efx_plugin.engine.blocks import linears_in_blocks
 
-    damages = {layer["name"]: layer.get("damage") for layer in made.layers}
-    found = []
-    for layer in linears_in_blocks(model):
-        weight = layer.base.weight
-        sparsity = 1 - int(weight.count_nonzero()) / weight.numel()
-        damage = damages.get(layer.name)
-        found.append({"name": layer.name, "weights": weight.numel(), "sparsity": sparsity, "damage": damage})
-    return found
+    weights = {layer.name: layer.base.weight.numel() for layer in linears_in_blocks(model)}
+    return [layer | {"weights": weights[layer["name"]]} for layer in made.layers]
 
 
 def _losses(model: Any, tokenizer: Any, cell: Cell) -> Iterator[tuple[str, CorpusLosses]]:

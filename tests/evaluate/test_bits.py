@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
 
 from efx_plugin.checkpoint import linear_bytes, save_sparse
 from efx_plugin.errors import EfxError
@@ -51,6 +52,26 @@ def test_a_sparse_checkpoint_is_served_from_about_as_many_bits(tmp_path):
 )
 def test_masks_and_scales_count(arguments, expected):
     assert bits.reckon([bits.Size(64, 256, 64 * 128)], **arguments) == pytest.approx(expected)
+
+
+def quantized_to_int8(model):
+    """As llm-compressor leaves a model: a scale for each row, which every value is within reach of."""
+    int8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    groups = {"group_0": {"targets": ["Linear"], "weights": int8}}
+    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            module.weight_scale.data.copy_(module.weight.data.float().abs().amax(-1, keepdim=True) / 127)
+            module.quantization_status = QuantizationStatus.FROZEN
+    return model
+
+
+def test_scales_count_where_a_checkpoint_is_quantized_as_well(tmp_path):
+    model = pruned(hidden_size=512, intermediate_size=512)
+    reckoned = bits.reckon(bits.sizes(model), 8, sparse_format="sparse-24-bitmask", group=0)
+    save_sparse(quantized_to_int8(model), tmp_path / "both", structure="sparse-24-bitmask", progress=False)
+    assert bits.stored(tmp_path / "both") == pytest.approx(reckoned, rel=1e-3)
+    assert 5 <= bits.served(tmp_path / "both") <= 16
 
 
 def test_a_dense_checkpoint_has_no_bits_of_its_own(tmp_path):
