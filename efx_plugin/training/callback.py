@@ -46,7 +46,7 @@ from efx_plugin.model.adapters import (
     write_parameter,
 )
 from efx_plugin.model.masked import has_dropout, install_mask, mask_of, remove_mask
-from efx_plugin.training.recorder import Recorder
+from efx_plugin.training.recorder import Recorder, Recording
 from efx_plugin.training.schedule import pruning_steps
 from efx_plugin.training.state import link_state, read_state, write_state
 
@@ -188,9 +188,13 @@ class EfficientXpertCallback(TrainerCallback):
         else:
             self._recorder.close()
 
+    def _take_recording(self) -> Recording:
+        """What calibrates the pruning point that has come."""
+        return self._recorder.take()
+
     def _prune(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, show: bool) -> dict[str, float]:
         started, step = time.perf_counter(), self._schedule[self._pruned]
-        recording = self._recorder.take()
+        recording = self._take_recording()
         if recording.tokens < self.calibration_tokens and show:
             logger.warning(
                 f"the pruning point at step {step} is calibrated on {recording.tokens} tokens instead of "

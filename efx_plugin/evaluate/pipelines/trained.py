@@ -4,6 +4,7 @@ They train on the same tokens, once over them, and each chooses its learning rat
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from efx_plugin.evaluate.pipelines.training import CHOICES, adapt, best_of_rates
 from efx_plugin.model.adapters import linear_layers, merge_adapters
 from efx_plugin.model.masked import install_mask, remove_mask
 from efx_plugin.training import EfficientXpertCallback
+from efx_plugin.training.recorder import Recording
 
 
 def wanda_then_lora(task: PipelineTask) -> PipelineResult:
@@ -78,7 +80,7 @@ class _UnderMask(TrainerCallback):
 def expert(task: PipelineTask) -> PipelineResult:
     """EfficientXpertCallback, whose arguments it takes."""
     own = {name: value for name, value in task.arguments.items() if name not in CHOICES}
-    return _train_with(task, lambda draft: EfficientXpertCallback(**(_arguments(draft) | own)))
+    return _train_with(task, lambda draft: _OnCalibrationSet(draft, own))
 
 
 def published(task: PipelineTask) -> PipelineResult:
@@ -89,7 +91,7 @@ def published(task: PipelineTask) -> PipelineResult:
         "three thirds of one pass over the text stand for the paper's three epochs, and between the masks the adapter "
         "learns under them, which the paper leaves open"
     )
-    return _train_with(task, lambda draft: _Published(**(_arguments(draft) | PUBLISHED)), note)
+    return _train_with(task, lambda draft: _Published(draft, PUBLISHED), note)
 
 
 def as_released(task: PipelineTask) -> PipelineResult:
@@ -116,25 +118,33 @@ PUBLISHED: dict[str, Any] = {
 }
 
 
-class _Published(EfficientXpertCallback):
+class _OnCalibrationSet(EfficientXpertCallback):
+    """Calibrates on the sequences that all pipelines calibrate on; gradients are those of training."""
+
+    def __init__(self, draft: Draft, arguments: Mapping[str, Any]) -> None:
+        task = draft.task
+        given: dict[str, Any] = {
+            "sparsity": task.sparsity,
+            "mask_structure": task.mask_structure,
+            "ignore": draft.ignored(),
+            "seed": task.seed,
+            "calibration_tokens": task.calibration.numel(),
+        }
+        super().__init__(**(given | dict(arguments)))
+        self._calibration = draft.batches()
+
+    def _take_recording(self) -> Recording:
+        tokens = sum(batch.mask.numel() for batch in self._calibration)
+        return replace(super()._take_recording(), batches=self._calibration, tokens=tokens)
+
+
+class _Published(_OnCalibrationSet):
     """Leaves the last mask without a repair."""
 
     def _prune(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, show: bool) -> dict[str, float]:
         if self._pruned == len(self._schedule) - 1:
             self.arguments = self.arguments.model_copy(update={"repair": "none"})
         return super()._prune(model, optimizer, show=show)
-
-
-def _arguments(draft: Draft) -> dict[str, Any]:
-    """Of EfficientXpertCallback: those of the task, and as many calibration tokens as one-shot pipelines see."""
-    task = draft.task
-    return {
-        "sparsity": task.sparsity,
-        "mask_structure": task.mask_structure,
-        "ignore": draft.ignored(),
-        "seed": task.seed,
-        "calibration_tokens": task.calibration.numel(),
-    }
 
 
 def _train_with(task: PipelineTask, callback: Callable[[Draft], TrainerCallback], *notes: str) -> PipelineResult:
