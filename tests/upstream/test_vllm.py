@@ -20,8 +20,11 @@ QUANTIZATION = "vllm.model_executor.layers.quantization"
 COMPRESSED = f"{QUANTIZATION}.compressed_tensors"
 MODELS = "vllm.model_executor.models.utils"
 SERVE = "vllm.entrypoints.cli.serve"
+LOADING = "vllm.model_executor.model_loader"
+LORA = "vllm.lora.layers"
 
 ROOM = "efx_plugin.serving"
+KERNEL = "efx_plugin.kernels.cuda"
 LOADER, METHOD, CONFIG, LAUNCH = (f"{ROOM}.{name}" for name in ("weight_loader", "linear_method", "config", "launch"))
 
 
@@ -58,6 +61,7 @@ def holds(condition: object, change: str, user: str) -> None:
         (MODELS, "WeightsMapper", CONFIG),
         (SERVE, "ServeSubcommand", LAUNCH),
         ("vllm.utils.argparse_utils", "FlexibleArgumentParser", LAUNCH),
+        ("vllm.config", "get_current_vllm_config", METHOD),
         ("vllm.logger", "init_logger", METHOD),
         ("vllm", "__version__", ROOM),
     ],
@@ -129,6 +133,7 @@ def test_functions_take_these_parameters(module, name, parameters, user):
         (f"{QUANTIZATION}.base_config", "QuantizationConfig", {"get_checkpoint_weight_mapper"}, CONFIG),
         (f"{COMPRESSED}.compressed_tensors", "CompressedTensorsConfig", {"target_scheme_map"}, CONFIG),
         (MODELS, "WeightsMapper", {"orig_to_new_suffix", "orig_to_new_prefix", "__or__"}, CONFIG),
+        ("vllm.config.vllm", "VllmConfig", {"additional_config", "compute_hash"}, METHOD),
         (SERVE, "ServeSubcommand", {"name"}, LAUNCH),
     ],
 )
@@ -149,6 +154,24 @@ def test_objects_have_these_attributes(module, name, attributes, user):
         # The weights that all experts are fused into.
         (f"{MOE}.routed_experts", "", "w13_", LOADER),
         (f"{MOE}.routed_experts", "", "w2_", LOADER),
+        # A model is made on the device, and so are the first parameters of our layers.
+        (f"{LOADING}.base_loader", "BaseModelLoader.load_model", "with target_device", LOADER),
+        (f"{LOADING}.utils", "", "quant_method.process_weights_after_loading(module)", METHOD),
+        # Weights are loaded in place by loaders that have names.
+        (f"{LOADING}.reload.layerwise", "_wrap_parameters_weight_loader", ".__name__", LOADER),
+        # LoRA looks for the device of a layer's weight, and multiplies by the layer's own method.
+        (f"{LORA}.utils", "_get_lora_device", "base_layer.weight.device", LOADER),
+        (f"{LORA}.base_linear", "", ".apply(self.base_layer, x, bias)", METHOD),
+        # The bias is added by the first rank alone, before ranks add their results.
+        (LINEAR, "RowParallelLinear.forward", "None if self.tp_rank > 0 or self.skip_bias_add else self.bias", METHOD),
+        (LINEAR, "RowParallelLinear.forward", "tensor_model_parallel_all_reduce(output_parallel)", METHOD),
+        # Kept graphs are found by a hash, which the configuration is a part of; it is there while weights are loaded.
+        ("vllm.compilation.caching", "aot_compile_hash_factors", "vllm_config.compute_hash()", METHOD),
+        ("vllm.config.vllm", "VllmConfig.compute_hash", "self.additional_config", METHOD),
+        ("vllm.v1.worker.gpu_worker", "Worker.load_model", "set_current_vllm_config(self.vllm_config)", METHOD),
+        # Graphs are split at attention, so that our operator is inside of the pieces that are captured, on one stream.
+        ("vllm.config.compilation", "", "self.splitting_ops = list(self._attention_ops)", KERNEL),
+        ("vllm.compilation.cuda_graph", "CUDAGraphWrapper.__call__", "stream=current_stream()", KERNEL),
         # Old names of a checkpoint's tensors are mapped before they are looked up.
         (MODELS, "", "get_checkpoint_weight_mapper()", CONFIG),
         ("vllm.plugins", "", "'vllm.general_plugins'", ROOM),
