@@ -25,6 +25,9 @@ _LIBRARIES = (
     "lm_eval",
 )
 
+# Raised whenever a result comes to mean something else, so that older ones in a cache are not taken for it.
+_REVISION = 2
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -50,7 +53,7 @@ class Data:
         samples: calibration sequences.
         length: tokens of a calibration, training or evaluation sequence.
         training_tokens: tokens that a trained pipeline sees in all.
-        heldout_tokens: tokens at most that a corpus is evaluated on: its first documents.
+        heldout_tokens: tokens at most that a corpus is evaluated on, see `first_tokens`.
     """
 
     name: str
@@ -119,6 +122,7 @@ class Cell:
             "task_data": None if self.task_data is None else _directory_hash(self.task_data),
             "arguments": self.arguments,
             "versions": versions(),
+            "revision": _REVISION,
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 

@@ -13,16 +13,23 @@ from efx_plugin.evaluate.cell import CorpusLosses
 
 # Tokens of a forward pass, padding included: the logits of so many take 0.5 GB at a vocabulary of 128k in float16.
 _BATCH_TOKENS = 2048
+# So many documents at least make up a corpus, if it has them and a window of each is no more than its share.
+_DOCUMENTS = 50
 
 
-def first_tokens(documents: Iterable[list[int]], limit: int) -> list[list[int]]:
-    """The first documents, `limit` tokens of them; the last is cut. Those with a single token are left out."""
+def first_tokens(documents: Iterable[list[int]], limit: int, length: int) -> list[list[int]]:
+    """The first documents, `limit` tokens of them together; those with a single token are left out.
+
+    An interval over a few long documents would say nothing, so of each no more than a fiftieth of `limit` is taken, its
+    beginning, or one window of `length` where that is more.
+    """
+    most = max(length, limit // _DOCUMENTS)
     taken, room = [], limit
     for document in documents:
         if room < 2:
             break
         if len(document) > 1:
-            taken.append(document[:room])
+            taken.append(document[: min(room, most)])
             room -= len(taken[-1])
     return taken
 

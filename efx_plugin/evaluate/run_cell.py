@@ -25,6 +25,7 @@ from efx_plugin.evaluate.data import write_atomically
 from efx_plugin.evaluate.pipelines.protocol import PipelineResult, PipelineTask
 from efx_plugin.evaluate.pipelines.registry import PIPELINES
 
+_FEW = 20  # documents
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
 
 
@@ -103,6 +104,11 @@ def run(cell: Cell, scratch: Path) -> tuple[CellResult, bytes]:
     dtype = choose_for(model).dtype
     with computed_in(model, dtype):
         corpora = dict(_losses(model, tokenizer, cell))
+    notes += [
+        f"{name} has {len(losses.tokens)} documents, over which an interval says little"
+        for name, losses in corpora.items()
+        if len(losses.tokens) < _FEW
+    ]
     result = CellResult(
         corpora=corpora,
         tasks={},
@@ -151,7 +157,7 @@ def _losses(model: Any, tokenizer: Any, cell: Cell) -> Iterator[tuple[str, Corpu
 
     for corpus in cell.data.heldout:
         documents = (tokens_of(one, tokenizer) for one in read_documents(str(corpus.path)))
-        taken = first_tokens(documents, cell.data.heldout_tokens)
+        taken = first_tokens(documents, cell.data.heldout_tokens, cell.data.length)
         yield corpus.name, corpus_losses(model, taken, cell.data.length, start_of_text(tokenizer))
 
 

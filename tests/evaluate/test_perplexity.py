@@ -47,9 +47,15 @@ def test_every_window_begins_with_the_start_of_text(documents):
 
 def test_documents_are_taken_up_to_a_number_of_tokens():
     documents = [[1, 2, 3], [4], [5, 6, 7], [8, 9]]
-    assert first_tokens(documents, 5) == [[1, 2, 3], [5, 6]]
-    assert first_tokens(documents, 100) == [[1, 2, 3], [5, 6, 7], [8, 9]]
-    assert first_tokens(documents, 4) == [[1, 2, 3]]
+    assert first_tokens(documents, 5, 8) == [[1, 2, 3], [5, 6]]
+    assert first_tokens(documents, 100, 8) == [[1, 2, 3], [5, 6, 7], [8, 9]]
+    assert first_tokens(documents, 4, 8) == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize(("limit", "length", "documents", "each"), [(5000, 10, 50, 100), (5000, 500, 10, 500)])
+def test_a_long_document_does_not_stand_for_a_corpus(limit, length, documents, each):
+    taken = first_tokens([[7] * 3000] * 200, limit, length)
+    assert [len(document) for document in taken] == [each] * documents
 
 
 def test_a_model_that_says_nothing_is_refused(documents):
