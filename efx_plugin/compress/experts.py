@@ -17,7 +17,7 @@ _NUMBERS = ("num_local_experts", "moe_num_experts", "num_experts", "n_routed_exp
 
 
 def rehearse_experts(skeleton: nn.Module) -> None:
-    """Take the experts of a model apart as `oneshot` is going to do, once it is sure that they can be put together.
+    """Take the experts of a model apart as `oneshot` is going to, after a check that they can be put together again.
 
     Args:
         skeleton: a model or a PeftModel on the meta device, changed in place.

@@ -114,7 +114,7 @@ def _check_structure(structure: str, recipe: Recipe) -> None:
 
 
 def _leave_alone(recipe: Recipe, layers: list[str]) -> None:
-    """Have every modifier ignore layers that text does not calibrate or that a few weights decide in."""
+    """Have every modifier ignore these layers, which lie outside the decoder blocks."""
     if layers:
         logger.info(f"{len(layers)} linear layers outside the decoder blocks stay as they are, such as {layers[0]}")
     for modifier in recipe.modifiers:

@@ -49,11 +49,11 @@ class PruneRequest:
 
     @property
     def dataset_name(self) -> str:
-        """The name of the calibration data for others to read: of a path only the last part."""
+        """The name of the calibration data for the model card; the last part where it is a path."""
         return self.dataset if is_hub_name(self.dataset) else Path(self.dataset).name
 
     def checked(self) -> "PruneRequest":
-        """The same request, once a look at the file system has found its names to mean something.
+        """The same request, once everything that it names is found on this machine or on the hub.
 
         A model or an adapter that is named as on the hub is downloaded into the hub's cache.
 

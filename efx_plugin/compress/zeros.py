@@ -1,4 +1,4 @@
-"""Zeros that a model brings to a recipe which does not prune: quantization may fill them, and nobody would be told."""
+"""The zeros of a sparse model under a recipe that does not prune: quantization may fill them."""
 
 from llmcompressor.modifiers import Modifier
 from llmcompressor.recipe import Recipe

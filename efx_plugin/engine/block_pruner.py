@@ -1,6 +1,6 @@
-"""One decoder block from calibration hooks to pruned and repaired weights: the order of things, and who decides what.
+"""One decoder block, from calibration hooks to pruned and repaired weights: what happens in which order.
 
-Of several processes each decides on some of the layers for all.
+Where there are several processes, each decides on some of the layers for all of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,7 +33,7 @@ Store = Callable[[LinearLayer, Decision], None]
 
 
 def store_in_base(layer: LinearLayer, decision: Decision) -> None:
-    """The pruned weight into the base layer, and nothing left in its adapters."""
+    """Store the pruned weight in the base layer and empty its adapters."""
     absorb(layer, decision.weight)
 
 
@@ -114,7 +114,7 @@ class BlockPruner:
         return results
 
     def _compete(self, evidence: Mapping[str, Evidence]) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Masks where matrices compete for every entry, and sparsities, which they may compete for as well."""
+        """Masks, where matrices compete for every entry, and sparsities, where they may compete for their shares."""
         arguments, masks, sparsities = self.arguments, dict[str, Tensor](), dict(self._sparsities)
         if self._masks is not None:
             return {layer.name: self._masks[layer.name].to(layer.base.weight.device) for layer in self.plan.layers}, {}
@@ -143,7 +143,7 @@ class BlockPruner:
         return masks, sparsities
 
     def _blank(self, weight: Tensor, adapter: Tensor | None) -> Decision:
-        """Where another process's decision goes."""
+        """Empty tensors that the decision of another process is received in."""
         update = None if adapter is None else weight.new_empty(len(weight), len(adapter))
         return Decision(torch.empty_like(weight, dtype=torch.bool), torch.empty_like(weight), update, torch.empty(3))
 

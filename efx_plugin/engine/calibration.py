@@ -1,4 +1,4 @@
-"""What a decoder block shows while it sees calibration data: statistics, their sums over processes, starved experts."""
+"""What is measured in a decoder block while it sees calibration data, and how processes add it up."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from efx_plugin.model.propagation import (
 
 @dataclass(frozen=True)
 class _LastInput:
-    """What a layer has just read: layers that read the same tensor share one Gram."""
+    """The input that a layer has just read. Layers that read the same tensor share one Gram."""
 
     tensor: Tensor
     expert: tuple[str, int] | None

@@ -1,8 +1,7 @@
 """The dtype to compute in: float32 where the processor cannot multiply in the dtype that a model is stored in.
 
-Pruning, calibration, training and evaluation then run several times faster. Every float32 number that is a weight of
-the stored dtype is that weight, so nothing changes on the way there; on the way back each weight is rounded once, and
-zeros stay zeros.
+Pruning, calibration, training and evaluation then run several times faster. float32 holds every number of the stored
+dtype, so widening changes no weight. On the way back each weight is rounded once, and zeros stay zeros.
 """
 
 from collections import Counter
@@ -77,8 +76,11 @@ def choose_compute_dtype(stored: torch.dtype, parameters: int, wanted: str = "au
 
 
 def stored_dtype(tensors: Iterable[tuple[torch.dtype, int]]) -> tuple[torch.dtype, int]:
-    """Of (dtype, number of values) of weights: the dtype of most floating-point values, and the number of those values
-    in all dtypes."""
+    """The dtype of most floating-point values, and the number of floating-point values in all dtypes.
+
+    Args:
+        tensors: dtype and number of values of each weight.
+    """
     sizes: Counter[torch.dtype] = Counter()
     for dtype, size in tensors:
         if dtype.is_floating_point:
@@ -111,7 +113,7 @@ def convert(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 
 def restore(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Round every weight to the dtype that it had before `convert`, in place; new ones to that of the most.
+    """Round every weight to the dtype that it had before `convert`, in place; a new one to the most frequent of them.
 
     Zeros stay zeros. A weight that was quantized since keeps its bytes; it stays in float32, and its scale is rounded.
 
@@ -150,7 +152,7 @@ def computed_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def warn_of_slow_dtype(model: nn.Module, remedy: str) -> None:
-    """Tell users whose model computes on a CPU that cannot multiply in its dtype; what they gave is not changed.
+    """Warn where a model computes on a CPU that cannot multiply in its dtype. The model is not changed.
 
     Args:
         remedy: what the sentence ends with.

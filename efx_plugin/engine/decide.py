@@ -77,7 +77,7 @@ class RunningScores:
         self._new_score_weight = new_score_weight
 
     def blend(self, names: Sequence[str], scores: Sequence[Tensor]) -> list[Tensor]:
-        """The averages with the scores of matrices that compete, which each refresh has with a mean of one."""
+        """The averages after the new scores of competing matrices, divided by their mean, are blended in."""
         mean = sum(float(score.sum()) for score in scores) / sum(score.numel() for score in scores)
         for name, score in zip(names, scores, strict=True):
             new = score / mean if mean > 0 else score

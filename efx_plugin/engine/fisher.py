@@ -171,7 +171,7 @@ def obstacle_to_loss(model: PreTrainedModel, batches: Iterable[Mapping[str, Tens
 
 
 def no_layer_allocation(reason: str) -> EfxError:
-    """What to say where there is no loss to measure and allocation "layer" cannot do without."""
+    """The error where the loss cannot be measured and allocation "layer" needs it."""
     return EfxError(f"{reason}, so allocation 'layer' cannot be measured: set allocation to 'matrix'")
 
 

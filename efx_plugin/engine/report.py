@@ -58,7 +58,7 @@ def measures(results: Sequence[PrunedLayer]) -> dict[str, float]:
 
 
 def summary(results: Sequence[PrunedLayer]) -> str:
-    """The same as a phrase for the log."""
+    """What `measures` gives, as a phrase for the log."""
     size, zeros = sum(result.size for result in results), sum(result.zeros for result in results)
     measured = measures(results)
     text = f"sparsity {measured['sparsity']:.4f} ({zeros:,} of {size:,} weights)"

@@ -63,8 +63,8 @@ def prune_in_sequence(
 ) -> list[PrunedLayer]:
     """Calibrate, prune and repair every planned block, in order.
 
-    Memory: the hidden states of all batches before one block, and one block's statistics. Every process of several
-    calls it with as many batches as the others.
+    It holds the hidden states of all batches before one block, and one block's statistics. Where there are several
+    processes, each calls it, with the same number of batches.
 
     Args:
         model: a transformers model or a PeftModel around one, as it is called in training.
@@ -123,7 +123,7 @@ def prune_in_sequence(
 def _record(
     model: nn.Module, blocks: Mapping[str, nn.Module], batches: Sequence[Batch]
 ) -> tuple[list[_Run], Callable[[], Any]]:
-    """What every block is called with, from a pass in which blocks return their inputs and so cost nothing."""
+    """Record what every block is called with, in a pass in which blocks return their inputs and so cost nothing."""
     runs: list[_Run] = []
     mask: Tensor
     autocast: Callable[[], Any] = nullcontext

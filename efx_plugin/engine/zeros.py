@@ -24,7 +24,7 @@ def restore_zeros(layers: Mapping[str, nn.Linear], kept: Mapping[str, Tensor]) -
 
     Args:
         layers: linear layers by name.
-        kept: by the name of some of them, the mask of what was not zero as `pack_mask` packed it.
+        kept: masks of what was not zero, packed by `pack_mask`, by the name of the layer; of some layers or all.
 
     Returns:
         How many zeros had been filled, and how many there are.

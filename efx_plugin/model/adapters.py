@@ -200,10 +200,10 @@ def refuse_adapters(model: PeftModel) -> None:
 
 @torch.no_grad()
 def merge_unusual(model: PeftModel) -> None:
-    """Merge, in fp32, all that was trained other than by plain LoRA on a linear layer between the embeddings.
+    """Merge, in fp32, everything that was trained but plain LoRA on linear layers, which the method knows.
 
-    That is what was trained whole, of embeddings, of the output layer, of fused experts, or by a variant of LoRA. What
-    is left are the adapters that the method knows.
+    That is modules that were trained whole, adapters of the embeddings, of the output layer and of fused experts, and
+    variants of LoRA.
     """
     untie_adapted(model)
     inner = model.get_base_model()

@@ -315,7 +315,7 @@ def _matches(path: str, pattern: str) -> bool:
 
 
 def _partial_rotary_factor(config: Any) -> float:
-    """Of all layers: rope parameters may be kept by the type of layer."""
+    """The fraction of a head that is rotated, which must be the same in all types of layers."""
     parameters = getattr(config, "rope_parameters", None) or {}
     groups = [group for group in parameters.values() if isinstance(group, dict)] or [parameters]
     factors: set[float] = {group.get("partial_rotary_factor", 1.0) for group in groups}

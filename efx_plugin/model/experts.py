@@ -19,8 +19,8 @@ MIN_EXPERT_TOKENS = 32
 
 
 def expert_places(block: nn.Module, layers: list[LinearLayer]) -> dict[str, tuple[str, int]]:
-    """By the names of linear layers that belong to an expert: the path in the block of the list of experts, and the
-    place of the expert in it."""
+    """Where the experts' linear layers belong: by name of the layer, the path of the list of experts in the block, and
+    the expert's index in that list."""
     paths = {module: path for path, module in block.named_modules()}
     places = {}
     for layer in layers:
@@ -39,11 +39,11 @@ class _Routing:
 
 
 class CountedRows:
-    """Picks, of what a layer of the block reads or gives, the rows of those tokens that count.
+    """Picks the rows of the tokens that count from an input or an output of a layer.
 
-    They are the tokens of the mask, and for an expert those routed to it: llm-compressor calibrates every expert on
-    every token unless it is told `moe_calibrate_all_experts=False`, and passes the router's choice to the list of
-    experts either way.
+    Those are the tokens of the mask. An expert counts only those that are routed to it, although llm-compressor
+    calibrates every expert on every token unless it is told `moe_calibrate_all_experts=False`. Either way it calls the
+    list of experts with the router's choice.
 
     Args:
         block: the decoder block.

@@ -206,7 +206,8 @@ def inspect_sources(model: Path, adapter: Path | None, *, trust_remote_code: boo
 def _load_model(
     files: ModelFiles, tensors: dict[str, Tensor] | None, dtype: torch.dtype | str
 ) -> tuple[PreTrainedModel, set[str]]:
-    """The model, of `tensors` on the meta device or of its files, and the names in the files that it does not take."""
+    """The model, made of `tensors` on the meta device or read from its files, and the names in the files that it does
+    not use."""
     name = files.model_class.__name__
     options: dict[str, Any] = {"config": deepcopy(files.config), "dtype": dtype, "output_loading_info": True}
     loaded: Any  # with output_loading_info a pair, which transformers' annotations leave out
@@ -243,8 +244,10 @@ def _load_model(
 
 @contextmanager
 def _without_adapter(folder: Path) -> Iterator[Path]:
-    """A model's folder as transformers may see it, which would add an adapter that it finds there: else links to the
-    other files."""
+    """A model's folder without an adapter in it, which transformers would load as well.
+
+    It is the folder itself where there is none, else one with links to the other files.
+    """
     if not (folder / shards.ADAPTER_CONFIG).is_file():
         yield folder
         return

@@ -17,7 +17,7 @@ from efx_plugin.checkpoint.storage import safetensors_file
 from efx_plugin.checkpoint.storage.shards import ADAPTER_CONFIG, has_weights
 from efx_plugin.errors import EfxError, UsageError, one_line
 
-# The heads that an adapter's task_type stands for: what the name of a class with such a head ends in.
+# What the name of a model's class ends in, by the task_type of an adapter for it.
 CLASSIFIERS = {
     "SEQ_CLS": "ForSequenceClassification",
     "TOKEN_CLS": "ForTokenClassification",

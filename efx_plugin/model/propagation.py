@@ -105,12 +105,12 @@ class WeightPropagation:
 
 
 class ActivationPropagation:
-    """c from forward statistics of the consumers. Its q and k terms lack the unit of the others, so compare within a
-    matrix only.
+    """c from forward statistics of the consumers. That of q and k has another unit than the others have, so it can only
+    compare weights within one matrix.
 
-    Norms between a layer and its consumer are taken as linear, their root mean square held fixed. What o and down give
-    to the residual stream counts 1, through the norm behind them if there is one, and in an expert the square of the
-    router's weight.
+    Norms between a layer and its consumer are taken as linear, their root mean square held fixed. An output of o or
+    down counts 1 in the residual stream, times the squared slope of the norm behind it if there is one, and in an
+    expert times the square of the router's weight.
 
     Args:
         model: the transformers model (for its class and configuration).
@@ -221,9 +221,9 @@ class BlockPropagation:
     """c_o = E[(∂(z·h)/∂y_o)²], z ~ N(0, I), h the decoder block's output: Gauss-Newton within the block.
 
     The first calibration tokens go through the block once more with gradients, one batch at a time, so the memory is
-    that of one block's backward pass; no gradient leaves the block and no parameter gets one. The mean is over the
-    tokens of the block, of which those that are not routed to an expert feel nothing of it: how often an expert is
-    used is part of its c.
+    that of one block's backward pass; no gradient leaves the block and no parameter gets one. The mean is over all
+    tokens of the block. Those that are not routed to an expert add zero to its c, so c grows with how often the expert
+    is used.
 
     Args:
         block: the decoder block.
@@ -330,8 +330,12 @@ def _attention_parts(
 
 
 def _moments(squares: Tensor, norm: nn.Module | None) -> Tensor:
-    """Sums over tokens of what `squares` [tokens, out] of outputs are behind the norm, and of its squared slopes;
-    fp32 [2, out]."""
+    """Sums over tokens of the squared outputs behind the norm and of the norm's squared slopes, fp32 [2, out].
+
+    Args:
+        squares: squared outputs before the norm, [tokens, out].
+        norm: None takes the outputs as they are, with a slope of 1.
+    """
     if norm is None:
         energy = squares.sum(dim=0)
         return torch.stack([energy, torch.full_like(energy, len(squares))])
@@ -343,7 +347,7 @@ def _moments(squares: Tensor, norm: nn.Module | None) -> Tensor:
 def _gain(norm: nn.Module | None, ones: Tensor) -> Tensor:
     """|gain| of each channel of a norm, of the shape and device of `ones`, whatever the norm adds to its parameter.
 
-    It is what the norm does to a vector whose mean is 0 and whose mean square is 1, whichever of the two it looks at.
+    It is measured on a vector of mean 0 and mean square 1, which a norm of either kind only multiplies by its gain.
     """
     if norm is None:
         return ones
@@ -374,8 +378,8 @@ def _by_layer(parts: list[tuple[Rows, Tensor]]) -> dict[str, Tensor]:
 
 
 def _leaf(argument: Any) -> Any:
-    """The same argument of a block, hidden states detached and made a leaf that requires a gradient, so that a graph is
-    recorded whether or not parameters do."""
+    """An argument of a block. Hidden states become a detached leaf that requires a gradient: then a graph is recorded
+    even where no parameter requires one."""
     if isinstance(argument, Tensor) and argument.is_floating_point() and argument.dim() == 3:
         return argument.detach().requires_grad_()
     return argument

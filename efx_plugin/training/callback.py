@@ -144,11 +144,11 @@ class EfficientXpertCallback(TrainerCallback):
             )
         if state.is_world_process_zero:
             warn_of_slow_dtype(model, "load it with dtype=torch.float32, and train with bf16=False")
-        vars(model).pop("save_pretrained", None)  # of a training that has ended
+        vars(model).pop("save_pretrained", None)  # set by an earlier training
         self._schedule = pruning_steps(state.max_steps, self.warmup_fraction, self.refreshes, self.final_fraction)
         self._plans: list[PlannedBlock] = plan_blocks(model, self.arguments)
         self._layers = [layer for plan in self._plans for layer in plan.layers]
-        self._pruned = 0  # pruning points that lie behind
+        self._pruned = 0  # number of pruning points that are done
         self._running = RunningScores(self.arguments.new_score_weight) if self.refreshes > 1 else None
         fisher = self.arguments.uses_propagation and self.arguments.propagation == "fisher"
         self._recorder = Recorder(
@@ -232,7 +232,7 @@ class EfficientXpertCallback(TrainerCallback):
         return measured
 
     def _store(self, optimizer: torch.optim.Optimizer, layer: LinearLayer, decision: Decision) -> None:
-        """The repair into what is kept, with B as it is or W as it is; what is pruned keeps its place in W."""
+        """Add the repair to B or to the kept weights of W; install the mask. Pruned weights of W stay."""
         changed: list[Tensor] = []
         if decision.update is not None:
             add_to_adapter(layer, decision.update)
@@ -292,8 +292,11 @@ class EfficientXpertCallback(TrainerCallback):
         write_state(directory / _OWN.format(world()[0]), tensors, values)
 
     def _save_pruned(self, directory: Path) -> None:
-        """What pruning points alone change: about the size of the model, so only the first checkpoint after one
-        writes it."""
+        """Write masks, repaired weights and averages, which only a pruning point changes.
+
+        They are about as large as the model, so only the first checkpoint after a pruning point writes them; later ones
+        link to its file.
+        """
         rank, path = world()[0], directory / _PRUNED
         linked = rank == 0 and self._pruned_state is not None and link_state(self._pruned_state, path)
         if not gather_objects(linked)[0]:
@@ -356,10 +359,10 @@ def _move_to_front(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> TrainerControl:
-    """Call the callback before all others: reporters log what is in the logs when their turn comes, and some store
-    the model at the end.
+    """Call our callback before all others: a reporter logs what is in the logs when its turn comes, and some reporters
+    store the model at the end of training.
 
-    The Trainer calls its reporters before a user's callbacks, and gives no callback a way to the others.
+    The Trainer itself calls its reporters before a user's callbacks.
     """
     ours = [callback for callback in handler.callbacks if isinstance(callback, EfficientXpertCallback)]
     handler.callbacks[:] = [*ours, *(callback for callback in handler.callbacks if callback not in ours)]
@@ -410,7 +413,7 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _resumed_from(args: TrainingArguments, state: TrainerState) -> Path:
-    """The checkpoint that training goes on from, which the Trainer does not tell."""
+    """The checkpoint that training goes on from. The Trainer does not pass it, so it is named by its step."""
     usual, named = _checkpoint(args, state), args.resume_from_checkpoint
     return Path(named) if isinstance(named, str) and Path(named).name == usual.name else usual
 

@@ -1,4 +1,4 @@
-"""Files of what a Trainer checkpoint lacks of training under masks, beside the Trainer's own."""
+"""Our files in a Trainer's checkpoint: what training under masks needs to go on and the Trainer does not save."""
 
 import json
 import os
