@@ -187,7 +187,7 @@ class CellResult:
         peak_accelerator_mb: largest memory that torch had on the accelerator; 0 without one.
         compute_dtype: what perplexity was computed in.
         machine: name of the processor, or of the accelerator.
-        versions: of the libraries.
+        versions: of the libraries, and `source`, see `source_hash`.
     """
 
     corpora: dict[str, CorpusLosses]
@@ -229,6 +229,15 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def source_hash() -> str:
+    """12 hexadecimal digits of this package's Python files, which tell states of it apart within a version."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def file_hash(path: Path) -> str:

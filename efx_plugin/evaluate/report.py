@@ -358,13 +358,13 @@ def _overlaps(first: dict[str, Finding]) -> list[dict[str, Any]]:
 
 
 def _conditions(findings: Sequence[Finding]) -> dict[str, Any]:
-    """What the cells have in common, each value once."""
+    """Every value that the cells were run under, once; more than one of a kind says that they are not all alike."""
     results = [one.result for one in findings]
     datas = [one.cell.data for one in findings]
     return {
         "machine": sorted({result.machine for result in results}),
         "compute_dtype": sorted({result.compute_dtype for result in results}),
-        "versions": results[0].versions if results else {},
+        "versions": sorted({f"{name} {one}" for result in results for name, one in result.versions.items()}),
         "calibration": sorted({f"{data.samples} sequences of {data.length} tokens" for data in datas}),
         "training_tokens": sorted({data.training_tokens for data in datas}),
         "heldout_tokens": sorted({data.heldout_tokens for data in datas}),

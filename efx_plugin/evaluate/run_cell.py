@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from efx_plugin import failures
-from efx_plugin.evaluate.cell import Cell, CellResult, CorpusLosses, versions
+from efx_plugin.evaluate.cell import Cell, CellResult, CorpusLosses, source_hash, versions
 from efx_plugin.evaluate.data import write_atomically
 from efx_plugin.evaluate.pipelines.protocol import PipelineResult, PipelineTask
 from efx_plugin.evaluate.pipelines.registry import PIPELINES
@@ -68,8 +68,12 @@ def run(cell: Cell, scratch: Path) -> tuple[CellResult, bytes]:
     tokenizer = inspect_sources(cell.model, cell.adapter).tokenizer()
     notes: list[str] = []
     data, pipeline = cell.data, PIPELINES[cell.pipeline]
-    calibration = _sequences(data.calibration, tokenizer, data.samples, data.length, cell.seed, "calibration", notes)
-    training: Any = torch.empty(0, data.length, dtype=torch.int64)
+    calibration: Any = torch.empty(0, data.length, dtype=torch.int64)
+    training = calibration
+    if pipeline.family != "dense":
+        calibration = _sequences(
+            data.calibration, tokenizer, data.samples, data.length, cell.seed, "calibration", notes
+        )
     if pipeline.needs_training:
         count = max(1, data.training_tokens // data.length)
         training = _sequences(data.training, tokenizer, count, data.length, cell.seed, "training", notes)
@@ -123,7 +127,7 @@ def run(cell: Cell, scratch: Path) -> tuple[CellResult, bytes]:
         peak_accelerator_mb=peak_accelerator,
         compute_dtype=str(dtype).removeprefix("torch."),
         machine=machine,
-        versions=versions(),
+        versions=versions() | {"source": source_hash()},
     )
     return result, masks.getvalue()
 

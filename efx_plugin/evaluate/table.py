@@ -1,6 +1,6 @@
 """A report as tables of text: for the terminal, and for HTML."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -11,6 +11,7 @@ from efx_plugin.evaluate.pipelines.registry import PIPELINES
 from efx_plugin.evaluate.report import Figures, Line, Report
 
 _WIDTH = 140
+_NAMED = 3  # lines before a note
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,18 @@ def _accuracy(task: str) -> Callable[[Line], str]:
     return text
 
 
-def _notes(lines: Iterable[Line]) -> list[str]:
-    return list(
-        dict.fromkeys(f"{line.label} {line.sparsity}".strip() + f": {note}" for line in lines for note in line.notes)
+def _notes(lines: Sequence[Line]) -> list[str]:
+    """Each note once, after the lines that it holds for."""
+    held: dict[str, list[str]] = {}
+    for line in lines:
+        for note in line.notes:
+            held.setdefault(note, []).append(f"{line.label} {line.sparsity}".strip())
+    return [f"{_enumerated(labels, len(lines))}: {note}" for note, labels in held.items()]
+
+
+def _enumerated(labels: list[str], lines: int) -> str:
+    if len(labels) == lines > 1:
+        return "all"
+    return (
+        ", ".join(labels) if len(labels) <= _NAMED else f"{', '.join(labels[:_NAMED])} and {len(labels) - _NAMED} more"
     )

@@ -83,6 +83,10 @@ def test_cells_and_results_survive_json(tmp_path):
     assert CellResult.from_json(json.loads(json.dumps(result.as_json()))) == result
 
 
+def test_the_state_of_the_source_is_told():
+    assert len(module.source_hash()) == 12 and module.source_hash() == module.source_hash()
+
+
 def test_sparsities_have_names():
     assert [sparsity_name(0.5), sparsity_name(0.55), sparsity_name(0.5, "2:4")] == ["50 %", "55 %", "2:4"]
 

@@ -45,4 +45,5 @@ def test_a_pipe_gets_the_table_whole(monkeypatch):
     monkeypatch.setattr(module, "Console", lambda: Console(file=output))
     show(build(some_findings(), []))
     text = output.getvalue()
-    assert "lora+expert+w8" in text and "…" not in text and "lora: note of seed 0" in text
+    assert "lora+expert+w8" in text and "…" not in text and "all: note of seed 0" in text
+    assert "lora+wanda 50 %, lora+sparsegpt 50 %, lora+expert 50 %: note of seed 1" in text

@@ -22,7 +22,7 @@ class PipelineTask:
     Attributes:
         model: directory of the base model, with its tokenizer.
         adapter: directory of a LoRA adapter for it; None where the comparison has none.
-        calibration: int64 [sequences, length] of token ids of the domain, chosen by the seed.
+        calibration: int64 [sequences, length] of token ids of the domain, chosen by the seed; none for dense pipelines.
         training: int64 [n, length] of token ids of the domain, all that a trained pipeline may see, chosen by the seed.
         sparsity: fraction of the weights to prune in every linear layer inside the decoder blocks, the target layers.
         mask_structure: "N:M", or "0:0" for unstructured.
