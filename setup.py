@@ -83,6 +83,8 @@ setup(
     package_dir={"efx_plugin.recipes": "recipes", "optimum.commands.register": "efx_plugin/optimum_cli"},
     package_data={
         "efx_plugin": ["py.typed", "kernels/cuda/*.cu", "kernels/cuda/*.cuh"],
+        "efx_plugin.evaluate.paper_tasks": ["*.yaml"],
+        "efx_plugin.evaluate.tasks": ["*.yaml"],
         "efx_plugin.recipes": ["*.yaml"],
     },
     cmdclass={"build_ext": BuildLibraries},

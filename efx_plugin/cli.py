@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -275,6 +275,12 @@ def compare(
     training_tokens: Annotated[int, typer.Option(help="Tokens that a trained pipeline sees in all.", min=2)] = 100_000,
     heldout_tokens: Annotated[int, typer.Option(help="Tokens of each corpus to evaluate on.", min=2)] = 50_000,
     text_field: Annotated[str | None, typer.Option(help="The field of the data that holds the text.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Tasks to score too, as `efx eval` takes them.")
+    ] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(help="Folder with the files of our tasks, see docs/evaluation.md.")
+    ] = None,
     cache: Annotated[
         Path | None,
         typer.Option(help="Folder of results; what is there is not run again.", show_default="~/.cache/efx/compare"),
@@ -302,6 +308,8 @@ def compare(
         pipelines=tuple(pipelines or ()),
         sparsities=tuple(sparsity or (".5",)),
         seeds=seeds,
+        tasks=_names(tasks),
+        task_data=task_data,
         text_field=text_field,
         samples=samples,
         length=length,
@@ -322,6 +330,10 @@ def compare(
         from efx_plugin.model.loading import inspect_sources
 
         inspect_sources(request.model, request.adapter)
+        if request.tasks:
+            from efx_plugin.evaluate.tasks import check
+
+            check(request.tasks, data=request.task_data)
     report = run_grid(cells, request.cache, progress=not quiet)
     if as_json:
         print(json.dumps(report.as_json()))
@@ -378,6 +390,85 @@ def serve(
     )
 
 
+@app.command("eval")
+def evaluate(
+    directory: Annotated[Path, typer.Argument(help="Directory of the model, sparse or dense.", exists=True)],
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="lm-eval's tasks, or ours: efx_legal_clause, efx_casehold, ..."),
+    ] = None,
+    task_data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the files of our tasks, see docs/evaluation.md.", exists=True, file_okay=False),
+    ] = None,
+    include: Annotated[
+        list[Path] | None, typer.Option(help="Folder with further task files.", exists=True, file_okay=False)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task: its first ones.", min=1)] = None,
+    fewshot: Annotated[int | None, typer.Option(help="Examples before each question.", min=0)] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put questions through the chat template.")] = False,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Model to compare with: shows how much of its quality is kept.")
+    ] = None,
+    recovery_threshold: Annotated[
+        float | None, typer.Option(help="Part of the quality of --baseline to keep, else exit code 1.  [default: 0.95]")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML in the form of llm-compressor's tests/lmeval, in place of these."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Requests in a forward pass.", min=1)] = 8,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Score a model on tasks with lm-eval, beside chance, and say how much of a baseline's quality it keeps.
+
+    Example: efx eval ./expert --tasks arc_easy,efx_health_term --task-data ./questions --baseline ./lora-merged
+    """
+    from efx_plugin.evaluate.recovery import DEFAULT_THRESHOLD, read_config, recoveries, require
+
+    threshold: float | dict[str, float] = DEFAULT_THRESHOLD if recovery_threshold is None else recovery_threshold
+    if config is not None:
+        given: dict[str, Any] = {"--tasks": tasks, "--limit": limit, "--fewshot": fewshot, "--baseline": baseline}
+        given |= {"--recovery-threshold": recovery_threshold, "--chat": chat or None}
+        if twice := [name for name, value in given.items() if value is not None]:
+            raise UsageError(f"{twice[0]} and --config say the same: pass one of the two")
+        read = read_config(config)
+        names, baseline, threshold = read.tasks, read.model, read.threshold
+        limit, fewshot, chat = read.limit, read.fewshot, read.chat
+    elif tasks is None:
+        raise UsageError("nothing to ask: pass --tasks or --config")
+    else:
+        names = _names(tasks)
+    if recovery_threshold is not None and baseline is None:
+        raise UsageError("--recovery-threshold is about a --baseline: pass one")
+    if quiet:  # before anything is imported that reads it
+        os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    _choose_device(device)
+    with contextlib.redirect_stdout(sys.stderr):
+        from efx_plugin.evaluate.tasks import check
+        from efx_plugin.evaluate.tasks.directory import score_directory
+
+        check(names, data=task_data, include=include or ())
+        options: dict[str, Any] = {"data": task_data, "include": include or (), "limit": limit, "fewshot": fewshot}
+        options |= {"chat": chat, "batch_size": batch_size}
+        scores = score_directory(directory, names, **options)
+        found = recoveries(score_directory(baseline, names, **options), scores, threshold) if baseline else []
+    report = {
+        "model": str(directory),
+        "tasks": {name: asdict(score) for name, score in scores.items()},
+        "baseline": baseline,
+        "recovery": [asdict(one) | {"passed": one.passed} for one in found],
+    }
+    if as_json:
+        print(json.dumps(report))
+    elif not quiet:
+        _show_scores(report)
+    require(found, directory, baseline or "")
+
+
 @app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
 def run(
     command: Annotated[
@@ -393,6 +484,31 @@ def run(
     from efx_plugin.run import run
 
     run(command)
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",")) if text else ()
+
+
+def _show_scores(report: dict[str, Any]) -> None:
+    table = Table("task", "metric", title=report["model"])
+    for column in ("score", "chance", "questions"):
+        table.add_column(column, justify="right")
+    for name, score in report["tasks"].items():
+        error = "" if score["standard_error"] is None else f" ± {score['standard_error']:.3f}"
+        chance = "" if score["chance"] is None else f"{score['chance']:.3f}"
+        table.add_row(name, score["metric"], f"{score['accuracy']:.3f}{error}", chance, str(score["documents"]))
+    console = Console()
+    console.print(table)
+    if not report["recovery"]:
+        return
+    table = Table("task", "metric", title=f"kept of {report['baseline']}")
+    for column in ("base", "here", "recovery", "threshold", ""):
+        table.add_column(column, justify="right")
+    for one in report["recovery"]:
+        values = [f"{one['base']:.4f}", f"{one['here']:.4f}", f"{one['recovery']:.0%}", f"≥ {one['threshold']:.0%}"]
+        table.add_row(one["task"], one["metric"], *values, "passed" if one["passed"] else "FAILED")
+    console.print(table)
 
 
 def _show_summary(summary: "Summary", verified: bool) -> None:

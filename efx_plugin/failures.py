@@ -14,6 +14,7 @@ _HOSTS = {
     "datasets": "datasets",
     "huggingface_hub": "huggingface_hub",
     "llmcompressor": "llm-compressor",
+    "lm_eval": "lm-eval",
     "matplotlib": "matplotlib",
     "peft": "PEFT",
     "pyarrow": "pyarrow",
@@ -26,6 +27,7 @@ _HOSTS = {
 # Packages that an extra brings, by the extra.
 _EXTRAS = {
     "compress": ("datasets", "llmcompressor", "loguru", "peft", "pyarrow", "pydantic", "yaml"),
+    "eval": ("lm_eval", "rouge_score", "sklearn"),
     "plot": ("matplotlib",),
     "serve": ("vllm",),
 }

@@ -14,7 +14,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = {
     "compress": "compress",
     "engine": "compress",
-    "evaluate": "compress,plot",
+    "evaluate": "compress,eval,plot",
     "model": "compress",
     "modifier": "compress",
     "optimum_cli": "dev",
@@ -22,7 +22,11 @@ EXTRAS = {
     "serving": "serve",
     "training": "compress",
 }
-PROJECTS_OF_MODULES = {"yaml": "pyyaml", "cuda": "torch"}  # torch for CUDA requires cuda-bindings
+PROJECTS_OF_MODULES = {
+    "yaml": "pyyaml",
+    "cuda": "torch",
+    "sklearn": "scikit-learn",
+}  # torch for CUDA requires cuda-bindings
 PARTS = sorted(path for path in (ROOT / "efx_plugin").iterdir() if path.suffix == ".py" or path.is_dir())
 
 

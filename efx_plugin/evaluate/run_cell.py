@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,14 @@ def run(cell: Cell, scratch: Path) -> tuple[CellResult, bytes]:
         for name, losses in corpora.items()
         if len(losses.tokens) < _FEW
     ]
+    tasks = {}
+    if cell.tasks:
+        from efx_plugin.evaluate.tasks import score
+
+        tasks = {name: asdict(one) for name, one in score(model, tokenizer, cell.tasks, data=cell.task_data).items()}
     result = CellResult(
         corpora=corpora,
-        tasks={},
+        tasks=tasks,
         sparsity=made.sparsity,
         bits_per_weight_stored=made.bits_per_weight_stored,
         bits_per_weight_served=made.bits_per_weight_served,
