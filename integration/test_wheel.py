@@ -92,7 +92,7 @@ def test_the_sdist_holds_every_source_file(sources, unpacked):
 def test_the_installed_package_has_its_recipes_libraries_and_types(python, tmp_path):
     look = """
 import json
-from importlib.metadata import version
+from importlib.metadata import metadata, version
 from pathlib import Path
 import efx_plugin
 from efx_plugin.checkpoint.codec import native as codec
@@ -106,6 +106,8 @@ print(json.dumps({
     "libraries": [codec.library() is not None, kernels.library() is not None],
     "typed": (package / "py.typed").is_file(),
     "sources": [path.name for path in package.rglob("*.?pp")],
+    "urls": metadata("efx-plugin").get_all("Project-URL"),
+    "classifiers": metadata("efx-plugin").get_all("Classifier"),
 }))
 """
     found = json.loads(run(python, "-c", look, cwd=tmp_path))
@@ -116,6 +118,8 @@ print(json.dumps({
     assert found["libraries"] == [True, True]
     assert found["typed"]
     assert found["sources"] == []
+    assert "Paper, https://arxiv.org/abs/2511.19935" in found["urls"]
+    assert {"Typing :: Typed", "Programming Language :: Python :: 3.11"} <= set(found["classifiers"])
 
 
 def test_prune_inspect_and_export_run_from_the_wheel(python, tmp_path):

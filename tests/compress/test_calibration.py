@@ -63,6 +63,15 @@ def test_every_sequence_begins_with_the_beginning_of_text(tmp_path):
     assert found["input_ids"] == [[BEGIN, 5, 6], [BEGIN, 7, 8], [BEGIN, END, BEGIN]]
 
 
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [(tiny_tokenizer, [[5, 6, 7], [8, 9, 10]]), (with_beginning, [[BEGIN, 5, 6], [BEGIN, 7, 8], [BEGIN, 9, 10]])],
+)
+def test_every_sequence_begins_as_the_tokenizer_begins_a_text(tmp_path, make, expected):
+    found = sequences(tmp_path, [{"text": "t5 t6 t7 t8 t9 t10"}], make(), samples=len(expected), length=3)
+    assert found["input_ids"] == expected
+
+
 def test_an_end_that_the_tokenizer_adds_itself_is_not_doubled(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])
