@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -285,6 +285,12 @@ def compare(
         Path | None,
         typer.Option(help="Folder of results; what is there is not run again.", show_default="~/.cache/efx/compare"),
     ] = None,
+    serve: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PYTHON", help="Time lora and our experts in vLLM, in turn, by this python, which has it."
+        ),
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write tables and plots to this file.")] = None,
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
@@ -311,6 +317,7 @@ def compare(
         tasks=_names(tasks),
         task_data=task_data,
         text_field=text_field,
+        serve=serve,
         samples=samples,
         length=length,
         training_tokens=training_tokens,
@@ -323,7 +330,8 @@ def compare(
     for notice in split.notices:
         console.print(notice, highlight=False, markup=False)
     _choose_device(device)
-    from efx_plugin.evaluate.grid import run_grid, unfinished
+    from efx_plugin.evaluate.grid import model_folder, run_grid, unfinished
+    from efx_plugin.evaluate.speed import REFERENCE, measure
 
     cells = request.cells(split.data)
     if unfinished(cells, request.cache):  # every cell would fail of an adapter that does not fit
@@ -334,7 +342,16 @@ def compare(
             from efx_plugin.evaluate.tasks import check
 
             check(request.tasks, data=request.task_data)
-    report = run_grid(cells, request.cache, progress=not quiet)
+    served = request.served(cells)
+    report = run_grid(cells, request.cache, progress=not quiet, keep=tuple(served.values()))
+    unserved: EfxError | None = None
+    if serve is not None and not report.failures:
+        console.print("timing in vLLM", highlight=False)
+        folders = {name: model_folder(request.cache, cell) for name, cell in served.items()}
+        try:
+            report = replace(report, speeds=measure(serve, folders.pop(REFERENCE), folders, request.cache))
+        except EfxError as error:  # what was found before is shown first
+            unserved = error
     if as_json:
         print(json.dumps(report.as_json()))
     elif not quiet:
@@ -349,6 +366,8 @@ def compare(
             f"{len(report.failures)} of {len(report.failures) + report.cells} cells failed, first {first.label}: "
             f"{first.reason}; its log is {first.log}"
         )
+    if unserved is not None:
+        raise unserved
 
 
 @app.command()

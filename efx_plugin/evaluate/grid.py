@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -27,20 +27,22 @@ _RUNNER = "efx_plugin.evaluate.run_cell"
 _ENVIRONMENT = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
-def run_grid(cells: Sequence[Cell], cache: Path, progress: bool = True) -> Report:
+def run_grid(cells: Sequence[Cell], cache: Path, progress: bool = True, keep: Collection[Cell] = ()) -> Report:
     """Run every cell that the cache does not hold, one after the other, and report on all of them.
 
     Args:
         cells: in the order to run them.
         cache: folder of results, `KEY.json` each; it is made where it is missing.
         progress: show a bar with the time that is left, and a line for each cell, on stderr.
+        keep: of the cells, those whose model is kept in `model_folder`; they run again where it is missing.
 
     Raises:
         EfxError: interrupted from the keyboard, or the cache cannot be written to.
     """
     cache.mkdir(parents=True, exist_ok=True)
     wanted = {cell.key(): cell for cell in cells}
-    found = {key: result for key in wanted if (result := _read(cache, key)) is not None}
+    again = {key for key, cell in wanted.items() if cell in keep and not model_folder(cache, cell).is_dir()}
+    found = {key: result for key in wanted if key not in again and (result := _read(cache, key)) is not None}
     todo = {key: cell for key, cell in wanted.items() if key not in found}
     clock = _Clock([(wanted[key], one.seconds + one.seconds_evaluation) for key, one in found.items()])
     failed: list[Failure] = []
@@ -52,7 +54,8 @@ def run_grid(cells: Sequence[Cell], cache: Path, progress: bool = True) -> Repor
             clock.remaining = list(todo.values())[number:]
             bar.update(task, description=cell.label)
             started = clock.started = time.monotonic()
-            outcome = _run(cell, key, cache, f"{len(todo) - number} of {len(wanted)} cells are left")
+            kept = model_folder(cache, cell) if cell in keep else None
+            outcome = _run(cell, key, cache, kept, f"{len(todo) - number} of {len(wanted)} cells are left")
             seconds = time.monotonic() - started
             if isinstance(outcome, Failure):
                 failed.append(outcome)
@@ -70,6 +73,11 @@ def unfinished(cells: Sequence[Cell], cache: Path) -> list[Cell]:
     return [cell for cell in cells if not _result(cache, cell.key()).is_file()]
 
 
+def model_folder(cache: Path, cell: Cell) -> Path:
+    """Where the model of a cell is kept, as it would be served."""
+    return cache / f"{cell.key()}.model"
+
+
 def _result(cache: Path, key: str) -> Path:
     return cache / f"{key}.json"
 
@@ -81,10 +89,11 @@ def _read(cache: Path, key: str) -> CellResult | None:
     return CellResult.from_json(json.loads(path.read_text())["result"])
 
 
-def _run(cell: Cell, key: str, cache: Path, left: str) -> CellResult | Failure:
+def _run(cell: Cell, key: str, cache: Path, kept: Path | None, left: str) -> CellResult | Failure:
     request, log = cache / f"{key}.request.json", cache / f"{key}.log"
     write_atomically(request, json.dumps(cell.as_json()).encode())
     command = [sys.executable, "-m", _RUNNER, str(request), str(_result(cache, key))]
+    command += [] if kept is None else [str(kept)]
     with log.open("w") as stream:
         child = subprocess.Popen(command, stdout=stream, stderr=stream, env=os.environ | _ENVIRONMENT)
         try:

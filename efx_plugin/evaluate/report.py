@@ -8,8 +8,8 @@ pipeline that is quantized alone and takes no more bits on disk.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from efx_plugin.evaluate.cell import Cell, CellResult, sparsity_name
 from efx_plugin.evaluate.mask_samples import overlap
 from efx_plugin.evaluate.pipelines.registry import PIPELINES
+from efx_plugin.evaluate.speed import Speed
 from efx_plugin.evaluate.statistics import Interval, mean_and_spread, paired_bootstrap
 
 _REFERENCE = "lora"
@@ -33,6 +34,7 @@ DEFINITIONS = {
     "documents (10,000 resamples, seeded, losses averaged over seeds)",
     "bits": "bits per weight of the linear layers in the decoder blocks, zeros counted, with masks and scales",
     "seconds": "of the pipeline, loading included and evaluation not",
+    "tokens/s": "generated in vLLM by so many requests at once, and how many times those of lora, measured in turn",
     "MB": "largest resident memory of the process up to the end of the pipeline",
 }
 
@@ -126,6 +128,7 @@ class Report:
         layers: of each line with its first seed, what became of every target layer.
         overlaps: of every two lines of one model with masks, by their names, the overlap by layer.
         conditions: what holds for all of it.
+        speeds: by the name of a line and the number of requests, where they were measured.
     """
 
     cells: int
@@ -135,6 +138,7 @@ class Report:
     layers: dict[str, list[dict[str, Any]]]
     overlaps: list[dict[str, Any]]
     conditions: dict[str, Any]
+    speeds: Mapping[str, Mapping[int, Speed]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """`rows` and `summary`, ready for `json.dumps`."""
@@ -144,6 +148,7 @@ class Report:
             "layers": self.layers,
             "overlaps": self.overlaps,
             "conditions": self.conditions,
+            "speeds": {name: {str(n): asdict(one) for n, one in line.items()} for name, line in self.speeds.items()},
             "definitions": DEFINITIONS,
         }
         return {"rows": self.rows, "summary": summary}

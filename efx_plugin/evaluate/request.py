@@ -7,9 +7,10 @@ from pathlib import Path
 
 from efx_plugin.compress.request import find_directory, is_hub_name, refuse_data_file
 from efx_plugin.errors import UsageError
-from efx_plugin.evaluate.cell import Cell, Data
+from efx_plugin.evaluate.cell import Cell, Data, sparsity_name
 from efx_plugin.evaluate.data import Split, split_files
 from efx_plugin.evaluate.pipelines.registry import PIPELINES
+from efx_plugin.evaluate.speed import REFERENCE, refuse_python
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class CompareRequest:
         tasks, task_data: lm-eval tasks to score, and the folder of those that read local files.
         cache: folder of results.
         text_field: the field of the data that holds the text; None for the usual names, see `content_of`.
+        serve: python of an environment with vLLM, to time in what is made; None for none.
         samples, length, training_tokens, heldout_tokens: see `Data`.
     """
 
@@ -41,6 +43,7 @@ class CompareRequest:
     tasks: tuple[str, ...] = ()
     task_data: Path | None = None
     text_field: str | None = None
+    serve: str | None = None
     samples: int = Data.samples
     length: int = Data.length
     training_tokens: int = Data.training_tokens
@@ -63,6 +66,10 @@ class CompareRequest:
             raise UsageError(
                 f"{needy[0]} starts from an adapter: pass --adapter DIRECTORY, or --pipelines that need none ({others})"
             )
+        if self.serve is not None:
+            if REFERENCE not in chosen:
+                raise UsageError(f"--serve times what is made beside {REFERENCE}: add {REFERENCE} to --pipelines")
+            refuse_python(self.serve)
         for text in self.sparsities:
             parse_sparsity(text)
         for option, files in (("--data", self.data), ("--heldout", self.heldout)):
@@ -100,6 +107,15 @@ class CompareRequest:
                     cell = Cell(self.model, self.adapter, name, sparsity, used_seed, data, structure)
                     cells.append(replace(cell, tasks=self.tasks, task_data=self.task_data))
         return list(dict.fromkeys(cells))
+
+    def served(self, cells: Sequence[Cell]) -> dict[str, Cell]:
+        """Of the cells those to time in vLLM by the names of their lines: the dense expert and what is ours."""
+        served = {}
+        for cell in cells:
+            if self.serve and cell.seed == 0 and (cell.pipeline == REFERENCE or PIPELINES[cell.pipeline].ours):
+                sparsity = sparsity_name(cell.sparsity, cell.mask_structure) if cell.sparsity else ""
+                served[f"{cell.pipeline} {sparsity}".strip()] = cell
+        return served
 
     def _points(self, pipeline: str, seed: int) -> Sequence[tuple[float, str, int]]:
         """Sparsity, mask structure and seed of a pipeline's cells: dense ones depend on none of them."""

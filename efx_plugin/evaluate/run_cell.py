@@ -1,7 +1,8 @@
-"""`python -m efx_plugin.evaluate.run_cell REQUEST.json RESULT.json`: one cell in a process of its own.
+"""`python -m efx_plugin.evaluate.run_cell REQUEST.json RESULT.json [MODEL]`: one cell in a process of its own.
 
 REQUEST is a `Cell`. RESULT appears only when complete: the cell and its `CellResult`; beside it, RESULT with the ending
-.npz, a sample of the masks. Exit codes are those of `efx`, with one sentence as the last line on stderr.
+.npz, a sample of the masks. MODEL is a folder to keep what the pipeline made in, as it would be served. Exit codes are
+those of `efx`, with one sentence as the last line on stderr.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import io
 import json
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -32,11 +34,11 @@ _SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
 
 def main() -> None:
     """Entry point of the module."""
-    request, result = map(Path, sys.argv[1:])
+    request, result, *kept = map(Path, sys.argv[1:])
     _end_with_parent()
     try:
         cell = Cell.from_json(json.loads(request.read_text()))
-        found, masks = run(cell, result.parent)
+        found, masks = run(cell, result.parent, *kept)
         write_atomically(result.with_suffix(".npz"), masks)
         write_atomically(result, json.dumps({"cell": cell.as_json(), "result": found.as_json()}).encode())
     except Exception as error:
@@ -45,11 +47,12 @@ def main() -> None:
         sys.exit(failures.exit_code(error))
 
 
-def run(cell: Cell, scratch: Path) -> tuple[CellResult, bytes]:
+def run(cell: Cell, scratch: Path, kept: Path | None = None) -> tuple[CellResult, bytes]:
     """Run the pipeline of a cell and evaluate what it made.
 
     Args:
         scratch: folder for a folder of temporary files.
+        kept: folder to keep the checkpoint in.
 
     Returns:
         The result, and a sample of the masks as an .npz file.
@@ -94,6 +97,8 @@ def run(cell: Cell, scratch: Path) -> tuple[CellResult, bytes]:
         started = time.monotonic()
         made = pipeline.run(task)
         seconds = time.monotonic() - started
+        if kept is not None:
+            _keep(made, Path(output), kept)
     peak, peak_accelerator = _peak_memory(), 0.0
     machine = cpu_name()
     model: Any = made.model.eval()
@@ -150,6 +155,15 @@ def _sequences(path: Path, tokenizer: Any, samples: int, length: int, seed: int,
     if len(ids) < samples:
         notes.append(f"the {purpose} part has text for {len(ids)} sequences of {length} tokens, not {samples}")
     return ids
+
+
+def _keep(made: PipelineResult, output: Path, kept: Path) -> None:
+    """Move the checkpoint that the pipeline has left to `kept`; a dense pipeline leaves none."""
+    checkpoint = output / "checkpoint"
+    if not checkpoint.is_dir():
+        made.model.save_pretrained(checkpoint)
+    shutil.rmtree(kept, ignore_errors=True)
+    checkpoint.rename(kept)
 
 
 def _layers(model: Any, made: PipelineResult) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ def tables(report: Report, *, every_corpus: bool) -> list[TextTable]:
     groups: dict[tuple[str, str], list[Line]] = {}
     for line in report.lines:
         groups.setdefault((line.model, line.data), []).append(line)
-    return [_table(model, data, lines, every_corpus) for (model, data), lines in groups.items()]
+    return [_table(model, data, lines, report, every_corpus) for (model, data), lines in groups.items()]
 
 
 def show(report: Report) -> None:
@@ -65,7 +65,7 @@ def show(report: Report) -> None:
     )
 
 
-def _table(model: str, data: str, lines: list[Line], every_corpus: bool) -> TextTable:
+def _table(model: str, data: str, lines: list[Line], report: Report, every_corpus: bool) -> TextTable:
     corpora = list(dict.fromkeys(corpus for line in lines for corpus in line.corpora))
     tasks = list(dict.fromkeys(task for line in lines for task in line.tasks))
     several = any(line.seeds > 1 for line in lines)
@@ -89,6 +89,8 @@ def _table(model: str, data: str, lines: list[Line], every_corpus: bool) -> Text
         ("s", lambda line: f"{line.seconds:.0f}"),
         ("MB", lambda line: f"{line.peak_mb:.0f}"),
     ]
+    batches = sorted({batch for line in report.speeds.values() for batch in line})
+    columns += [(f"tokens per s/at {batch}", _speed(report, batch)) for batch in batches]
     if several:
         columns.append(("seeds", lambda line: str(line.seeds)))
     return TextTable(
@@ -113,6 +115,14 @@ def _number(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.2f}" if value < 100 else f"{value:.1f}" if value < 1000 else f"{value:.4g}"
+
+
+def _speed(report: Report, batch: int) -> Callable[[Line], str]:
+    def text(line: Line) -> str:
+        speed = report.speeds.get(line.name, {}).get(batch)
+        return "" if speed is None else f"{speed.tokens_per_second:.1f} ({speed.over_dense:.2f})"
+
+    return text
 
 
 def _rival_on(corpus: str) -> Callable[[Line], str]:

@@ -25,7 +25,9 @@ from efx_plugin.evaluate.data import write_atomically
 from efx_plugin.evaluate.run_cell import _end_with_parent
 
 _end_with_parent()
-request, result = map(pathlib.Path, sys.argv[1:])
+request, result, *kept = map(pathlib.Path, sys.argv[1:])
+for folder in kept:
+    folder.mkdir()
 cell = Cell.from_json(json.loads(request.read_text()))
 with open(result.parent / "calls", "a") as calls:
     print(cell.seed, os.getpid(), file=calls, flush=True)
@@ -106,6 +108,15 @@ def test_a_killed_comparison_goes_on_and_leaves_nothing_running(cells, tmp_path)
         time.sleep(0.02)
     assert len(run_grid(cells, cache, progress=False).rows) == 3
     assert calls(cache) == [0, 1, 1, 2]
+
+
+def test_a_cell_whose_model_is_to_be_kept_runs_again_without_it(cells, tmp_path):
+    cache = tmp_path / "cache"
+    run_grid(cells, cache, progress=False)
+    for _ in range(2):
+        assert len(run_grid(cells, cache, progress=False, keep=cells[:1]).rows) == 3
+        assert grid.model_folder(cache, cells[0]).is_dir()
+    assert calls(cache) == [0, 1, 2, 0]
 
 
 def test_an_interrupt_from_the_keyboard_ends_in_a_sentence(cells, tmp_path, monkeypatch):

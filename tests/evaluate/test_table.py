@@ -1,11 +1,13 @@
 """The table says all that a line holds, once."""
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
 from efx_plugin.evaluate import table as module
 from efx_plugin.evaluate.report import build
+from efx_plugin.evaluate.speed import Speed
 from efx_plugin.evaluate.table import show, tables
 from tests.support.findings import finding, some_findings
 
@@ -47,3 +49,10 @@ def test_a_pipe_gets_the_table_whole(monkeypatch):
     text = output.getvalue()
     assert "lora+expert+w8" in text and "…" not in text and "all: note of seed 0" in text
     assert "lora+wanda 50 %, lora+sparsegpt 50 %, lora+expert 50 %: note of seed 1" in text
+
+
+def test_speeds_have_columns_where_they_were_measured():
+    report = replace(build(some_findings(), []), speeds={"lora+expert 50 %": {8: Speed(120.0, 1.5)}})
+    (table,) = tables(report, every_corpus=False)
+    assert dict(zip(table.header, table.rows[6], strict=True))["tokens per s/at 8"] == "120.0 (1.50)"
+    assert dict(zip(table.header, table.rows[0], strict=True))["tokens per s/at 8"] == ""

@@ -27,7 +27,8 @@ class PipelineTask:
         sparsity: fraction of the weights to prune in every linear layer inside the decoder blocks, the target layers.
         mask_structure: "N:M", or "0:0" for unstructured.
         seed: of all that is random.
-        output: an empty folder for files, removed after the cell.
+        output: an empty folder for files, removed after the cell; what would be served is left in `checkpoint` below
+            it, but by dense pipelines.
         arguments: the pipeline's own arguments by name.
     """
 
