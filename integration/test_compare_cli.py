@@ -89,6 +89,7 @@ def test_a_killed_comparison_goes_on_without_repeating_what_is_finished(folder, 
         (["--pipelines", "lora+wnda"], 2, "did you mean lora+wanda?"),
         (["--adapter", "none"], 2, "there is no directory none: pass the directory of an adapter"),
         (["--data", "few.jsonl"], 1, "few.jsonl has 2 different documents, too few to hold any out"),
+        (["--serve", sys.executable], 2, "has not both vLLM and efx-plugin: pip install 'efx-plugin[serve]' there"),
         (["--adapter", "other"], 1, "does not fit LlamaForCausalLM"),
     ],
 )
