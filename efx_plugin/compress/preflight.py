@@ -153,12 +153,29 @@ def _check_modifier(modifier: Modifier, skeleton: nn.Module) -> None:
             raise no_layer_allocation(reason)  # text has no labels
         return
     if isinstance(modifier, QuantizationMixin):
-        quantized.stored_config(quantized.with_formats(modifier.resolved_config), "the model that this recipe makes")
+        _check_quantization(modifier, skeleton)
     name, targets = type(modifier).__name__, getattr(modifier, "targets", None)
     if not 0 <= _sparsity(modifier) < 1:
         raise EfxError(f"{name} in the recipe has sparsity {modifier.sparsity}: set a fraction between 0 and 1")
     if targets and not any(is_match(path, module, targets) for path, module in inner_model(skeleton).named_modules()):
         raise EfxError(f"targets {targets} of {name} in the recipe match nothing in the model: correct them")
+
+
+def _check_quantization(modifier: QuantizationMixin, skeleton: nn.Module) -> None:
+    config = quantized.with_formats(modifier.resolved_config)
+    quantized.stored_config(config, "the model that this recipe makes")
+    for scheme in config.config_groups.values():
+        size = scheme.weights.group_size if scheme.weights is not None else None
+        if size is None or size < 1:
+            continue
+        for layer in linears_in_blocks(skeleton):
+            matches = is_match(layer.name, layer.base, scheme.targets, ignore=modifier.ignore)
+            if matches and layer.base.in_features % size:
+                raise EfxError(
+                    f"{type(modifier).__name__} in the recipe quantizes groups of {size} weights, which do not divide "
+                    f"the {layer.base.in_features} inputs of {layer.name}: choose another group_size or a scheme by "
+                    "channel, or add the layer to ignore"
+                )
 
 
 def _least_bytes(sources: Sources, recipe: Recipe) -> int:

@@ -54,6 +54,10 @@ def adapter_on(tmp_path: Path, targets: str | list[str], **options) -> Path:
             r"\['Nothing'\] of WandaPruningModifier .* match",
         ),
         ("SparseGPTModifier: {sparsity: 1.5, targets: [Linear]}", "SparseGPTModifier in the recipe has sparsity 1.5"),
+        (
+            QUANTIZE.format("W8A16"),
+            "groups of 128 weights, which do not divide the 64 inputs of .*layers.0.self_attn.q",
+        ),
         (QUANTIZE.format("W4A16"), "the model that this recipe makes is quantized to 4 bits"),
     ],
 )
