@@ -94,7 +94,7 @@ class Line:
         achieved: sparsity over the target layers.
         bits_stored, bits_served: per weight, see `bits`.
         seconds, peak_mb: means.
-        notes: of all seeds, each once.
+        notes: each once, with its seeds where these are not all.
     """
 
     name: str
@@ -291,7 +291,18 @@ def _line(group: list[Finding], groups: list[list[Finding]]) -> Line:
         bits_served=_mean(result.bits_per_weight_served for result in results),
         seconds=_mean(result.seconds for result in results),
         peak_mb=_mean(result.peak_mb for result in results),
-        notes=tuple(dict.fromkeys(note for result in results for note in result.notes)),
+        notes=_notes(group),
+    )
+
+
+def _notes(group: list[Finding]) -> tuple[str, ...]:
+    """Each note once, after the seeds that it holds for where these are not all."""
+    seeds: dict[str, list[str]] = defaultdict(list)
+    for one in group:
+        for note in one.result.notes:
+            seeds[note].append(str(one.cell.seed))
+    return tuple(
+        note if len(numbers) == len(group) else f"seed {', '.join(numbers)}: {note}" for note, numbers in seeds.items()
     )
 
 

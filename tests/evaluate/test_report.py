@@ -78,7 +78,7 @@ def test_without_the_same_documents_there_is_no_interval(findings):
 
 def test_lines_are_means_over_seeds_with_their_spread(findings):
     line = lines(findings)["lora+expert", "50 %"]
-    assert (line.seeds, line.seconds, line.notes) == (2, 1.5, ("note of seed 0", "note of seed 1"))
+    assert (line.seeds, line.seconds, line.notes) == (2, 1.5, ("seed 0: note of seed 0", "seed 1: note of seed 1"))
     assert (line.corpora["law"].perplexity, line.corpora["law"].spread) == (pytest.approx(22), pytest.approx(2**0.5))
 
 

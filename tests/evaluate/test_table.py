@@ -47,8 +47,9 @@ def test_a_pipe_gets_the_table_whole(monkeypatch):
     monkeypatch.setattr(module, "Console", lambda: Console(file=output))
     show(build(some_findings(), []))
     text = output.getvalue()
-    assert "lora+expert+w8" in text and "…" not in text and "all: note of seed 0" in text
-    assert "lora+wanda 50 %, lora+sparsegpt 50 %, lora+expert 50 %: note of seed 1" in text
+    assert "lora+expert+w8" in text and "…" not in text
+    assert "lora+wanda 50 %, lora+sparsegpt 50 %, lora+expert 50 %: seed 1: note of seed 1" in text
+    assert "base, lora, lora+w8a16 and 3 more: note of seed 0" in text
 
 
 def test_speeds_have_columns_where_they_were_measured():
