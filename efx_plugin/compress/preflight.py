@@ -23,11 +23,11 @@ from efx_plugin.compress.experts import rehearse_experts
 from efx_plugin.compress.request import PruneRequest
 from efx_plugin.compress.zeros import check_order
 from efx_plugin.engine.blocks import (
-    decoder_blocks,
     layer_sparsities,
     linears_in_blocks,
     linears_outside_blocks,
     plan_blocks,
+    warn_of_unprunable,
 )
 from efx_plugin.engine.compute_dtype import ComputeDtype, choose_compute_dtype, stored_dtype
 from efx_plugin.engine.fisher import no_layer_allocation, obstacle_to_loss
@@ -35,9 +35,6 @@ from efx_plugin.errors import EfxError, UsageError
 from efx_plugin.model.adapters import inner_model
 from efx_plugin.model.loading import Sources, inspect_sources
 from efx_plugin.modifier import EfficientXpertModifier
-
-# Nobody needs to hear of a smaller part of the decoder blocks that cannot be pruned.
-_SAID = 0.02
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ def preflight(request: PruneRequest) -> Prepared:
     _leave_alone(recipe, linears_outside_blocks(sources.skeleton))
     refuse_full(request.output, _least_bytes(sources, recipe))
     rehearse_experts(sources.skeleton)
-    _say_what_stays(sources.skeleton)
+    warn_of_unprunable(sources.skeleton)
     for modifier in recipe.modifiers:
         _check_modifier(modifier, sources.skeleton)
     tokenizer = sources.tokenizer()
@@ -123,25 +120,6 @@ def _leave_alone(recipe: Recipe, layers: list[str]) -> None:
             # SparseGPT and Wanda put a full stop behind the names of layers that are targeted as "Linear".
             names = [rf"re:{re.escape(layer)}\.?$" for layer in layers]
             modifier.ignore = [*([ignored] if isinstance(ignored, str) else ignored), *names]
-
-
-def _say_what_stays(skeleton: nn.Module) -> None:
-    """Say where much of the decoder blocks is in no linear layer, such as experts that are one tensor."""
-    model = inner_model(skeleton)
-    linear = {id(layer.base.weight) for layer in linears_in_blocks(skeleton)}
-    prefixes = tuple(f"{name}." for name in decoder_blocks(model))
-    weights = {
-        name: weight
-        for name, weight in model.named_parameters()
-        if name.startswith(prefixes) and weight.ndim > 1 and ".lora_" not in name
-    }
-    others = {name: weight.numel() for name, weight in weights.items() if id(weight) not in linear}
-    share = sum(others.values()) / sum(weight.numel() for weight in weights.values())
-    if share > _SAID:
-        logger.warning(
-            f"{share:.0%} of the weights in the decoder blocks are in no torch.nn.Linear and stay as they are, such as "
-            f"{next(iter(others))}"
-        )
 
 
 def _check_modifier(modifier: Modifier, skeleton: nn.Module) -> None:

@@ -15,6 +15,9 @@ from efx_plugin.method.allocation import ScoreCounts
 from efx_plugin.method.scores import foresight_scores, wanda_saliency
 from efx_plugin.model.adapters import LinearLayer, active_adapters, effective_weight, inner_model, linear_layers
 
+# Nobody needs to hear of a smaller part of the decoder blocks that cannot be pruned.
+_SAID = 0.02
+
 
 @dataclass(frozen=True)
 class PlannedBlock:
@@ -145,6 +148,25 @@ def linears_in_blocks(model: nn.Module) -> list[LinearLayer]:
     """
     prefixes = tuple(f"{name}." for name in decoder_blocks(inner_model(model)))
     return [layer for layer in linear_layers(model) if layer.name.startswith(prefixes)]
+
+
+def warn_of_unprunable(model: nn.Module) -> None:
+    """Say where much of the decoder blocks is in no linear layer, such as experts that are one tensor."""
+    inner = inner_model(model)
+    linear = {id(layer.base.weight) for layer in linears_in_blocks(model)}
+    prefixes = tuple(f"{name}." for name in decoder_blocks(inner))
+    sizes = {
+        name: weight.numel()
+        for name, weight in inner.named_parameters()
+        if name.startswith(prefixes) and weight.ndim > 1 and ".lora_" not in name
+    }
+    others = [name for name, weight in inner.named_parameters() if name in sizes and id(weight) not in linear]
+    share = sum(sizes[name] for name in others) / sum(sizes.values())
+    if share > _SAID:
+        logger.warning(
+            f"{share:.0%} of the weights in the decoder blocks are in no torch.nn.Linear and stay as they are, such as "
+            f"{max(others, key=lambda name: sizes[name])}"
+        )
 
 
 def decoder_blocks(model: nn.Module, block_classes: str | list[str] | None = None) -> dict[str, nn.Module]:

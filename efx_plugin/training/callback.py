@@ -25,7 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from efx_plugin.engine.arguments import PruningArguments
-from efx_plugin.engine.blocks import PlannedBlock, allocate_over_blocks, plan_blocks
+from efx_plugin.engine.blocks import PlannedBlock, allocate_over_blocks, plan_blocks, warn_of_unprunable
 from efx_plugin.engine.compute_dtype import warn_of_slow_dtype
 from efx_plugin.engine.decide import Decision, RunningScores
 from efx_plugin.engine.distributed import gather_objects, world
@@ -147,6 +147,8 @@ class EfficientXpertCallback(TrainerCallback):
         vars(model).pop("save_pretrained", None)  # set by an earlier training
         self._schedule = pruning_steps(state.max_steps, self.warmup_fraction, self.refreshes, self.final_fraction)
         self._plans: list[PlannedBlock] = plan_blocks(model, self.arguments)
+        if state.is_world_process_zero:
+            warn_of_unprunable(model)
         self._layers = [layer for plan in self._plans for layer in plan.layers]
         self._pruned = 0  # number of pruning points that are done
         self._running = RunningScores(self.arguments.new_score_weight) if self.refreshes > 1 else None
