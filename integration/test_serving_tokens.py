@@ -1,6 +1,5 @@
 """vLLM serves a sparse checkpoint like the same weights stored dense: see `integration.served` for what that means."""
 
-import gc
 import json
 import traceback
 import weakref
@@ -10,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from efx_plugin.checkpoint.formats.registry import part_names
-from efx_plugin.kernels import PackedWeight
 from integration.served import difference
 from integration.serving_models import (
     ARCHITECTURES,
@@ -128,17 +126,25 @@ def test_graphs_that_vllm_keeps_are_kept_for_the_kernel(llama):
         assert config.compute_hash() != kept
 
 
-def test_packed_weights_go_when_the_engine_goes(llama):
-    def alive() -> int:
-        gc.unfreeze()  # vLLM hides what it has loaded from the collector
-        gc.collect()
-        return sum(isinstance(one, PackedWeight) for one in gc.get_objects())
+def test_what_vllm_keeps_for_a_reload_does_not_keep_packed_weights(llama):
+    def entrances(model):
+        from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 
-    counts = []
-    for _ in range(2):  # vLLM keeps the last engine until the next one is made
-        with engine(llama / "sparse-bitmask"):
-            counts.append(alive())
-    assert counts[0] == counts[1] > 0
+        kept = [
+            LAYERWISE_INFO[layer].restore_metadata[0] for layer in model.modules() if hasattr(layer, "packed_weight")
+        ]
+        loaders = [vars(tensor)["weight_loader"] for tensors in kept for tensor in tensors.values()]
+        return {
+            cell.cell_contents
+            for loader in loaders
+            for cell in loader.__closure__
+            if hasattr(cell.cell_contents, "close")
+        }
+
+    with engine(llama / "sparse-bitmask") as llm:
+        (found,) = llm.apply_model(entrances)
+        assert len(found) == 8
+        assert all(entrance._loader is None for entrance in found)
 
 
 def test_it_is_served_as_the_dense_checkpoint_when_compiled(llama):
