@@ -5,11 +5,16 @@ CONSTRAINTS := integration/constraints
 
 NATIVE := setup.py $(wildcard efx_plugin/kernels/native/*.[ch]pp efx_plugin/checkpoint/codec/native/*.[ch]pp)
 
-.PHONY: demo train-expert test test-upstream test-long lint bench-checkpoint bench-kernels bench-kernels-gpu bench-serve bench-prune load-test
+.PHONY: demo compare train-expert test test-upstream test-long lint bench-checkpoint bench-kernels bench-kernels-gpu bench-serve bench-prune load-test
 
 demo: .venv/ready .venv-serve/ready
 	.venv/bin/python -m integration.assets
 	.venv/bin/python -m integration.demo
+
+# The domain benchmark, quick mode: every pipeline at 50 % on SmolLM2, legal and health text. COMPARE=--full runs both models,
+# three seeds and all sparsities, over many sittings; interrupted, either goes on. Writes build/compare/report.json and .html.
+compare: .venv/ready
+	.venv/bin/python -m integration.compare $(COMPARE)
 
 # LoRA training that ends sparse: TRL, the callback, export, and serving in vLLM.
 train-expert: .venv/ready .venv-serve/ready
