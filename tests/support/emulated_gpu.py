@@ -12,7 +12,7 @@ from efx_plugin.kernels.cuda import variants
 from efx_plugin.kernels.cuda.variants import Launch, Variant
 
 EMULATION = Path(__file__).parents[1] / "kernels" / "cuda" / "emulation.cpp"
-SOURCE = Path(variants.__file__).with_name("sparse_linear.cu").read_text()
+SOURCE = variants.source("records.cuh", "sparse_linear.cu")  # ptx.cuh is what the emulation replaces
 COMPILE = ("g++", "-std=c++17", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas")
 MARGIN = 1 << 17  # bytes beside a result that are watched
 

@@ -1,4 +1,4 @@
-// The instructions of the PTX ISA that sparse_linear.cu uses. Shared memory is addressed by its 32-bit addresses.
+// The instructions of the PTX ISA that the kernels use. Shared memory is addressed by its 32-bit addresses.
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;

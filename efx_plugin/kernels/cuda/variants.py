@@ -72,10 +72,10 @@ class Launch:
     shared_bytes: int
 
 
-def source() -> str:
-    """The CUDA C++ of all variants; it includes no header."""
+def source(*names: str) -> str:
+    """The CUDA C++ of all variants, or of some of its files alone; it includes no header."""
     folder = Path(__file__).parent
-    return "".join((folder / name).read_text() for name in ("ptx.cuh", "sparse_linear.cu"))
+    return "".join((folder / name).read_text() for name in names or ("ptx.cuh", "records.cuh", "sparse_linear.cu"))
 
 
 def decode_variants(dtype: torch.dtype) -> tuple[Variant, ...]:
