@@ -1,0 +1,77 @@
+// The records of layout.py: copied to shared memory by a warp, and expanded there.
+constexpr u32 kMaskBytes = 128, kHeadBytes = 144, kSlotBytes = kHeadBytes + 2048;
+
+// Records that follow each other, to be copied to shared memory by a warp.
+struct Stream {
+    const uint4* from;  // what this lane copies first of the next record
+    const u32* ends;    // where it ends is there
+    u32 begin, end;     // of it, in 16 bytes; equal after the last
+    int left;           // how many ends are to be read
+
+    DEVICE Stream() {}
+    DEVICE Stream(const u32* starts, const uint4* records, int count, u32 lane)
+        : ends(starts), begin(__ldg(starts)), end(begin), left(count) {
+        from = records + begin + lane;
+        read_end();
+    }
+
+    // Copies the next record, 9 to 137 times 16 bytes, or nothing after the last.
+    DEVICE void copy_next(u32 slot, u32 lane) {
+        const int units = end - begin, mine = units - (int)lane;
+        slot += 16 * lane;
+        if (mine > 0) copy16(slot, from);
+        if (mine > 32) copy16(slot + 512, from + 32);
+        if (mine > 64) copy16(slot + 1024, from + 64);
+        if (units > 96) {  // more than two thirds of the weights are not zero
+            if (mine > 96) copy16(slot + 1536, from + 96);
+            if (mine > 128) copy16(slot + 2048, from + 128);
+        }
+        commit_copies();
+        from += units, begin = end;
+        read_end();  // now, so that the next copies need not wait for it
+    }
+
+    DEVICE void read_end() {
+        if (left > 0) end = __ldg(++ends);
+        left--;
+    }
+};
+
+// The weights of a lane in a record in shared memory, expanded in pairs.
+struct Weights {
+    u32 mask;
+    u32 record;     // its address
+    u32 places[4];  // where the non-zeros of two steps begin for this lane, in bytes from there, in 16 bits each
+    u32 place;      // where the next one is
+
+    DEVICE Weights(u32 record, u32 lane) : mask(load32(record + 4 * lane)), record(record) {
+        const uint4 steps = load128(record + kMaskBytes);
+        // How many bits each step has, in 4 bits each, then, for the even and the odd steps, in 8 bits each.
+        u32 counts = mask - (mask >> 1 & 0x55555555);
+        counts = (counts & 0x33333333) + (counts >> 2 & 0x33333333);
+        const u32 even = counts & 0x0F0F0F0F, odd = counts >> 4 & 0x0F0F0F0F;
+        // The same for all the lanes below together: at most 124.
+        u32 even_below = even, odd_below = odd;
+        add_from_below<1>(even_below), add_from_below<1>(odd_below);
+        add_from_below<2>(even_below), add_from_below<2>(odd_below);
+        add_from_below<4>(even_below), add_from_below<4>(odd_below);
+        add_from_below<8>(even_below), add_from_below<8>(odd_below);
+        add_from_below<16>(even_below), add_from_below<16>(odd_below);
+        even_below -= even, odd_below -= odd;
+        // Byte j of each, widened to 16 bits by its sign, which is 0.
+        places[0] = steps.x + 2 * permute(even_below, odd_below, 0xC480);
+        places[1] = steps.y + 2 * permute(even_below, odd_below, 0xD591);
+        places[2] = steps.z + 2 * permute(even_below, odd_below, 0xE6A2);
+        places[3] = steps.w + 2 * permute(even_below, odd_below, 0xF7B3);
+    }
+
+    // The weights of bits i and i + 1; for even i, in rising order.
+    DEVICE u32 pair(int i) {
+        if (i % 8 == 0) place = places[i / 8] & 0xFFFF;
+        if (i % 8 == 4) place = places[i / 8] >> 16;
+        u32 both = 0;
+        if (mask >> i & 1) both = load16(record + place), place += 2;
+        if (mask >> (i + 1) & 1) both = permute(both, load16(record + place), 0x5410), place += 2;
+        return both;
+    }
+};
