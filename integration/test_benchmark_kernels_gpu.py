@@ -55,7 +55,8 @@ def test_what_is_right_comes_first_and_everything_is_measured():
     assert len(set(names)) == len(names)
     few = {f"{size} at {part}, few tokens" for size in ("1B", "8B", "70B") for part in ("40%", "50%", "60%", "50% 2:4")}
     many = {f"{size} at 50%, many tokens" for size in ("1B", "8B", "70B")}
-    assert few | many | {"model", "crossover", "copy bandwidth"} < set(names)
+    few_int8 = "8B at 50% int8, few tokens"
+    assert few | many | {few_int8, "model", "crossover", "copy bandwidth"} < set(names)
     assert [2**i for i in range(14)] == kernels_gpu.FEW + kernels_gpu.MANY
     assert len(kernels_gpu.CHECKED) * 2 == 32
 
@@ -110,7 +111,10 @@ def test_a_step_that_fails_does_not_keep_others_from_running(capsys):
 def test_a_right_kernel_is_found_right(gpu, monkeypatch):
     monkeypatch.setattr(kernels_gpu, "CHECKED", [(40, 72, 5), (50, 70, 64), (33, 70, 100)])
     records = list(kernels_gpu.correctness())
-    assert len(records) == 6 and all(record["right"] for record in records)
+    assert len(records) == 12 and all(record["right"] for record in records)
+    assert {(record["dtype"], record["weights"]) for record in records} == {
+        (dtype, weights) for dtype in ("bfloat16", "float16") for weights in (dtype, "int8")
+    }
 
 
 @pytest.mark.parametrize("tokens", [5, 100])
@@ -120,7 +124,7 @@ def test_a_wrong_kernel_is_found_wrong(gpu, monkeypatch, tokens):
 
     def forgets_one(function, how, arguments):
         compute(function, how, arguments)
-        arguments[4 if how.symbol == "efx_decode" else 2][0, -1] = float("nan")
+        arguments[5 if how.symbol == "efx_decode" else 3][0, -1] = float("nan")
 
     monkeypatch.setattr(gpu, "compute", forgets_one)
     assert not any(record["right"] for record in kernels_gpu.correctness())
@@ -129,8 +133,8 @@ def test_a_wrong_kernel_is_found_wrong(gpu, monkeypatch, tokens):
 def test_a_measurement_says_what_it_measured(gpu, monkeypatch):
     monkeypatch.setattr(kernels_gpu, "Graph", FakeGraph)
     monkeypatch.setattr(kernels_gpu, "WORKING_SET", 1 << 16)
-    for structure in ("unstructured", "2:4"):
-        case = kernels_gpu.Case(64, 128, 0.5, structure)
+    for structure, weights in (("unstructured", "bfloat16"), ("2:4", "bfloat16"), ("unstructured", "int8")):
+        case = kernels_gpu.Case(64, 128, 0.5, structure, weights)
         weight = kernels_gpu.make_weight(case)
         assert abs((weight == 0).float().mean() - 0.5) < 0.02
         records = list(kernels_gpu.measure(case, [1, 8], ("multiply_records", "multiply_panels")))
@@ -138,8 +142,9 @@ def test_a_measurement_says_what_it_measured(gpu, monkeypatch):
             (m, path) for m in (1, 8) for path in ("multiply_records", "multiply_panels")
         ]
         for record in records:
-            assert record["ratio"] == 1 and record["structure"] == structure
-            assert 0.5 < record["bytes_ratio"] < 0.6
+            assert record["ratio"] == 1 and record["structure"] == structure and record["weights"] == weights
+            least, most = (0.3, 0.35) if weights == "int8" else (0.5, 0.6)
+            assert least < record["bytes_ratio"] < most
 
 
 # The report.
@@ -147,15 +152,14 @@ def test_a_measurement_says_what_it_measured(gpu, monkeypatch):
 
 def made_up(run: str = "2026-01-01 00:00:00") -> list[dict]:
     records = [{"what": "copy", "gb_per_s": 2000.0}, {"what": "correctness", "right": True, "error": 1e-3}]
-    for (n, k), (sparsity, structure), m in [
-        ((n, k), kind, m)
-        for n, k in kernels_gpu.SHAPES["8B"]
-        for kind in kernels_gpu.STRUCTURES
-        for m in (1, 8, 64, 512, 8192)
+    kinds = [*((*structure, "bfloat16") for structure in kernels_gpu.STRUCTURES), (0.5, "unstructured", "int8")]
+    for (n, k), (sparsity, structure, weights), m in [
+        ((n, k), kind, m) for n, k in kernels_gpu.SHAPES["8B"] for kind in kinds for m in (1, 8, 64, 512, 8192)
     ]:
         figures = {"ratio": 0.6 + m / 8192, "spread": 0.01, "bytes_ratio": 0.576, "gb_per_s": 1600.0, "sparse_us": 9.0}
         records.append(
-            {"what": "linear", "path": "multiply", "n": n, "k": k, "m": m, "sparsity": sparsity, "structure": structure}
+            {"what": "linear", "path": "multiply", "n": n, "k": k, "m": m, "sparsity": sparsity}
+            | {"structure": structure, "weights": weights}
             | figures
         )
     for path, slope, offset in (("multiply_records", 2, 0), ("multiply_panels", 1, 20)):
@@ -181,6 +185,7 @@ def test_tables_and_picture_show_the_last_run(tmp_path, capsys):
     assert ["1", "of", "1", "results", "are", "right"] in lines
     assert ["weight", "shape", "bytes", "M=1", "M=8", "M=64", "M=512", "M=8192", "±", "of", "copy"] in lines
     assert ["50%", "2:4", "4096x4096", "0.576", "0.60", "0.60", "0.61", "0.66", "1.60", "0.01", "0.80"] in lines
+    assert ["50%", "int8", "4096x4096", "0.576", "0.60", "0.60", "0.61", "0.66", "1.60", "0.01", "0.80"] in lines
     assert ["4096x4096", "16.0", "/", "28.0", "32.0", "/", "36.0", "64.0", "/", "52.0", "128.0", "/", "84.0"] in lines
     assert "from the records up to M=16" in result.stdout
     assert ["8", "100.0", "140.0", "1.40", "0.625", "0.571"] in lines

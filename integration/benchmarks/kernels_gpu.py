@@ -70,6 +70,7 @@ class Case:
     k: int
     sparsity: float
     structure: str
+    weights: str = "bfloat16"  # of the sparse side: or "int8"
 
 
 @dataclass(frozen=True)
@@ -83,18 +84,20 @@ class Step:
 
 def plan() -> list[Step]:
     """All steps, the most important first."""
-    steps = [Step("correctness", 30, correctness), Step("copy bandwidth", 2, copy_bandwidth)]
+    steps = [Step("correctness", 45, correctness), Step("copy bandwidth", 2, copy_bandwidth)]
     first, *others = STRUCTURES
     steps.append(decode_step("8B", first))
-    steps += [many_step("8B", 20), Step("crossover", 10, crossover), Step("model", 75, model)]
+    steps += [many_step("8B", 20), Step("crossover", 10, crossover)]
+    steps += [decode_step("8B", first, "int8"), Step("model", 75, model)]
     steps += [decode_step(size, first) for size in ("70B", "1B")]
     steps += [decode_step(size, structure) for size, structure in itertools.product(("8B", "70B", "1B"), others)]
     return [*steps, many_step("70B", 60), many_step("1B", 15)]
 
 
-def decode_step(size: str, structure: tuple[float, str]) -> Step:
-    cases = [Case(*shape, *structure) for shape in SHAPES[size]]
-    name = f"{size} at {structure[0]:.0%}{'' if structure[1] == 'unstructured' else ' 2:4'}, few tokens"
+def decode_step(size: str, structure: tuple[float, str], weights: str = "bfloat16") -> Step:
+    cases = [Case(*shape, *structure, weights) for shape in SHAPES[size]]
+    kind = f"{'' if structure[1] == 'unstructured' else ' 2:4'}{'' if weights == 'bfloat16' else f' {weights}'}"
+    name = f"{size} at {structure[0]:.0%}{kind}, few tokens"
     return Step(name, 5, lambda: itertools.chain.from_iterable(measure(case, FEW) for case in cases))
 
 
@@ -130,21 +133,23 @@ def run(steps: list[Step], seconds: float, append: Callable[[dict], None], now: 
 
 
 def correctness() -> Iterator[dict]:
-    """Every case in both dtypes; the bias in every other one."""
-    for index, (dtype, (rows, columns, tokens)) in enumerate(
-        itertools.product((torch.bfloat16, torch.float16), CHECKED)
+    """Every case with activations of both dtypes, and weights of the same and int8; the bias in every other one."""
+    for index, (is_int8, dtype, (rows, columns, tokens)) in enumerate(
+        itertools.product((False, True), (torch.bfloat16, torch.float16), CHECKED)
     ):
         weight = make_weight(Case(rows, columns, 0.5, "unstructured")).to(dtype)
         weight[0], weight[-1] = 0, 1
+        weight, scales = quantized(weight) if is_int8 else (weight, None)
         x = normal(tokens, columns, seed=index).to(dtype)
         bias = normal(1, rows, seed=index)[0].to(dtype) if index % 2 else None
-        packed = KERNEL.pack(weight, None, False)
-        functions = loaded(weight.device, dtype)
+        packed = KERNEL.pack(weight, scales, False)
+        functions = loaded(weight.device, dtype, is_int8=is_int8)
         with functions.buffer.borrowed(torch.cuda.current_stream(), dtype) as buffer:
             buffer.fill_(math.nan)
         y = torch.full((tokens + 1, rows), math.nan, dtype=dtype, device=DEVICE)
-        functions.multiply(prepared(x), *packed[:2], bias, y[:tokens])
-        exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+        functions.multiply(prepared(x), *packed[:2], scales, bias, y[:tokens])
+        value = weight.double() if scales is None else weight.double() * scales.double()[:, None]
+        exact = x.double() @ value.T + (0 if bias is None else bias.double())
         error = ((y[:tokens].double() - exact).norm() / exact.norm()).item()
         yield {
             "what": "correctness",
@@ -152,23 +157,30 @@ def correctness() -> Iterator[dict]:
             "k": columns,
             "m": tokens,
             "dtype": str(dtype).removeprefix("torch."),
+            "weights": str(weight.dtype).removeprefix("torch."),
             "error": error,
             "right": bool(
                 error < TOLERANCE  # false for NaN
                 and y[tokens:].isnan().all()  # nothing is written beyond the output
-                and torch.equal(KERNEL.unpack(packed)[0], weight)
+                and all(map(same, KERNEL.unpack(packed), (weight, scales)))
                 and torch.equal(KERNEL.linear(x, packed, bias, rows), y[:tokens])
                 and is_batch_invariant(x[:1], packed, bias, rows)
             ),
         }
 
 
+def same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other if one is None or other is None else torch.equal(one, other)
+
+
 def is_batch_invariant(x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, rows: int) -> bool:
     """Whether a token [1, in] has the same result in any batch that is multiplied from the records."""
+    starts, records, _, *scales = packed
+    functions = loaded(x.device, x.dtype, is_int8=bool(scales))
     results = []
     for m in (1, 2, 8, 16, 17, 32, 33, 64):
         y = x.new_empty(m, rows)
-        loaded(x.device, x.dtype).multiply_records(prepared(x.expand(m, -1)), *packed[:2], bias, y)
+        functions.multiply_records(prepared(x.expand(m, -1)), starts, records, scales[0] if scales else None, bias, y)
         results += [y[:1], y[-1:]]
     return all(torch.equal(result, results[0]) for result in results)
 
@@ -214,13 +226,15 @@ def measure(case: Case, tokens: list[int], paths: tuple[str, ...] = ("multiply",
     weight = make_weight(case)
     least = WORKING_SET if tokens[0] < MANY[0] else CACHES * torch.cuda.get_device_properties().L2_cache_size
     copies = max(2, math.ceil(least / weight.nbytes))
-    starts, records, _ = KERNEL.pack(weight, None, False)
+    is_int8 = case.weights == "int8"
+    packed = KERNEL.pack(*(quantized(weight) if is_int8 else (weight, None)), False)
+    starts, records, _, *scales = packed
     dense = [weight.clone() for _ in range(copies)]
-    sparse = [(starts.clone(), records.clone()) for _ in range(copies)]
-    packed_bytes = starts.nbytes + records.nbytes
+    sparse = [(starts.clone(), records.clone(), scales[0] if scales else None) for _ in range(copies)]
+    packed_bytes = sum(tensor.nbytes for tensor in packed)
     for m, path in itertools.product(tokens, paths):
         x = normal(m, case.k, seed=1).bfloat16()
-        multiply = getattr(loaded(x.device, x.dtype), path)
+        multiply = getattr(loaded(x.device, x.dtype, is_int8=is_int8), path)
 
         def ours(x: Tensor = x, multiply: Callable[..., None] = multiply) -> None:
             for one in sparse:
@@ -240,6 +254,7 @@ def measure(case: Case, tokens: list[int], paths: tuple[str, ...] = ("multiply",
             "m": m,
             "sparsity": case.sparsity,
             "structure": case.structure,
+            "weights": case.weights,
             "ratio": ratio(seconds["dense"], seconds["sparse"]),
             "spread": spread(ratios(seconds["dense"], seconds["sparse"])),
             "bytes_ratio": packed_bytes / weight.nbytes,
@@ -279,6 +294,12 @@ def make_weight(case: Case) -> Tensor:
         groups = weight.view(-1, 4)
         return groups.scatter_(1, groups.abs().topk(2, dim=1, largest=False).indices, 0).view_as(weight)
     return weight.masked_fill_(weight.abs() < NormalDist().inv_cdf(0.5 + case.sparsity / 2), 0)
+
+
+def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 and its scales; zeros stay zero."""
+    scales = weight.float().abs().amax(1).clamp(min=1e-3) / 127
+    return (weight.float() / scales[:, None]).round().to(torch.int8), scales
 
 
 def normal(rows: int, columns: int, seed: int) -> Tensor:

@@ -39,7 +39,7 @@ def print_tables(records: Records) -> None:
             shape, size = f"{n}x{k}", f"{first['bytes_ratio']:.3f}"
             rows.append([name, shape, size, *(ratios.get(m, "") for m in tokens), spread, share])
         _print_columns(rows)
-        print("bytes: packed / dense. ±: interquartile range of the ratios, median over M.")
+        print("time, bytes: packed / dense in bfloat16. ±: interquartile range of the ratios, median over M.")
         print("of copy: packed bytes read per second at M=1 / bytes that a copy reads and writes.")
     _print_crossover([record for record in records if record["what"] == "linear" and record["path"] != "multiply"])
     _print_model([record for record in records if record["what"] == "model"])
@@ -87,7 +87,8 @@ def draw(records: Records, path: Path) -> None:
 
 def label(record: dict) -> str:
     structure = "" if record["structure"] == "unstructured" else f" {record['structure']}"
-    return f"{record['sparsity']:.0%}{structure}"
+    weights = "" if record["weights"] == "bfloat16" else f" {record['weights']}"
+    return f"{record['sparsity']:.0%}{structure}{weights}"
 
 
 def crossover(records: Records) -> int | None:

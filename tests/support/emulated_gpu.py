@@ -14,7 +14,11 @@ from efx_plugin.kernels.cuda.variants import Launch, Variant
 EMULATION = Path(__file__).parents[1] / "kernels" / "cuda" / "emulation.cpp"
 SOURCE = variants.source("records.cuh", "sparse_linear.cu")  # ptx.cuh is what the emulation replaces
 COMPILE = ("g++", "-std=c++17", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas")
+MOST_RANGES = 6  # tensors that a kernel takes
 MARGIN = 1 << 17  # bytes beside a result that are watched
+
+
+Packed = tuple[Tensor, Tensor, Tensor | None]  # `starts`, `records`, and the scales of an int8 weight
 
 
 class Range(ctypes.Structure):
@@ -26,7 +30,7 @@ class Call(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int) for name in ("grid", "block", "shared_bytes", "at_once", "descending", "ranges")),
-        ("range", Range * 4),
+        ("range", Range * MOST_RANGES),
     )
 
 
@@ -54,18 +58,17 @@ class EmulatedGpu:
         self._variant = variant
         self.at_once = self.descending = False
 
-    def decode(self, x: Tensor, starts: Tensor, records: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    def decode(self, x: Tensor, packed: Packed, bias: Tensor | None, rows: int) -> Tensor:
         """x [tokens, columns] times the packed weight, plus `bias`: [tokens, rows]."""
         tokens, columns = x.shape
         how = variants.launch(self._variant, rows, columns)
-        inputs = [x, starts, records, bias]
-        return self._call("emulate_decode", how, inputs, (tokens, rows), x.dtype, (tokens, rows, columns))
+        return self._call("emulate_decode", how, [x, *packed, bias], (tokens, rows), x.dtype, (tokens, rows, columns))
 
-    def expand(self, starts: Tensor, records: Tensor, dtype: torch.dtype, panel: tuple[int, int, int]) -> Tensor:
+    def expand(self, packed: Packed, dtype: torch.dtype, panel: tuple[int, int, int]) -> Tensor:
         """The `panel` of the packed weight: from its first row on so many rows and columns."""
         _, rows, columns = panel
-        how = variants.launch(variants.expand_variant(dtype), rows, columns)
-        return self._call("emulate_expand", how, [starts, records], (rows, columns), dtype, panel)
+        how = variants.launch(variants.expand_variant(dtype, packed[2] is not None), rows, columns)
+        return self._call("emulate_expand", how, [*packed], (rows, columns), dtype, panel)
 
     def launch(self, symbol: str, how: Launch, arguments: Sequence[Tensor | int | None]) -> None:
         """Launch a kernel on its arguments as they are.
@@ -76,7 +79,7 @@ class EmulatedGpu:
         tensors = [one for one in arguments if isinstance(one, Tensor)]
         ranges = [Range(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors]
         call = Call(*(how.grid, how.block, how.shared_bytes), self.at_once, self.descending)
-        call.ranges, call.range = min(4, len(ranges)), (Range * 4)(*ranges[:4])
+        call.ranges, call.range = len(ranges), (Range * MOST_RANGES)(*ranges)
         values = [ctypes.c_int(one) if isinstance(one, int) else _pointer(one) for one in arguments]
         faults = getattr(self._library, symbol.replace("efx", "emulate"))(ctypes.byref(call), *values)
         if faults:
@@ -95,9 +98,8 @@ class EmulatedGpu:
             tensor if tensor is None else _allocate(tensor.shape, tensor.dtype)[0].copy_(tensor) for tensor in inputs
         ]
         ranges = [Range(copy.data_ptr(), copy.data_ptr() + copy.nbytes) for copy in copies if copy is not None]
-        call = Call(
-            how.grid, how.block, how.shared_bytes, self.at_once, self.descending, len(ranges), (Range * 4)(*ranges)
-        )
+        call = Call(how.grid, how.block, how.shared_bytes, self.at_once, self.descending, len(ranges))
+        call.range = (Range * MOST_RANGES)(*ranges)
         result, memory = _allocate(shape, dtype)
         pointers = map(_pointer, (*copies, result))
         faults = getattr(self._library, name)(ctypes.byref(call), *pointers, *map(ctypes.c_int, sizes))

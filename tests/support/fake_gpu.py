@@ -77,7 +77,7 @@ class FakeGpu:
             "Event": Event,
         }.items():
             patch.setattr(torch.cuda, name, value)
-        for made_once in (kernel.loaded, buffer.panel_buffer):
+        for made_once in (kernel.loaded, kernel._warn_of_activations, buffer.panel_buffer):
             made_once.cache_clear()
 
     def compute(self, function: "Function", how: Launched, arguments: Sequence[Tensor | int | None]) -> None:
@@ -110,22 +110,42 @@ class Function:
 
 
 def _decode(
-    x: Tensor, starts: Tensor, records: Tensor, bias: Tensor | None, y: Tensor, tokens: int, rows: int, columns: int
+    x: Tensor,
+    starts: Tensor,
+    records: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    tokens: int,
+    rows: int,
+    columns: int,
 ) -> None:
     _expect(x, (tokens, columns))
     _expect(y, (tokens, rows))
     assert columns % layout.TILE_COLUMNS == 0 and 1 <= tokens <= variants.MOST_TOKENS_DECODED
-    weight = layout.unpack(starts, records, rows, columns, x.dtype)
-    exact = x.double() @ weight.double().T
+    exact = x.double() @ _weight(starts, records, scales, rows, columns, x.dtype).double().T
     y.copy_(exact if bias is None else exact + bias.double())
 
 
-def _expand(starts: Tensor, records: Tensor, dense: Tensor, first: int, rows: int, columns: int) -> None:
+def _expand(
+    starts: Tensor, records: Tensor, scales: Tensor | None, dense: Tensor, first: int, rows: int, columns: int
+) -> None:
     _expect(dense, (rows, columns))
     assert columns % layout.TILE_COLUMNS == 0 and first % layout.TILE_ROWS == 0
     wide = layout.tiles_of(rows, columns)[1]
     own = starts[first // layout.TILE_ROWS * wide :]
-    dense.copy_(layout.unpack(own, records, rows, columns, dense.dtype))
+    scales = scales if scales is None else scales[first:]
+    dense.copy_(_weight(own, records, scales, rows, columns, dense.dtype))
+
+
+def _weight(
+    starts: Tensor, records: Tensor, scales: Tensor | None, rows: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """The weight in records, of `dtype`, or of int8 values and float32 scales: float32."""
+    if scales is None:
+        return layout.unpack(starts, records, rows, columns, dtype)
+    assert scales.dtype == torch.float32 and scales.is_contiguous()
+    return layout.unpack(starts, records, rows, columns, torch.int8) * scales[:rows, None]
 
 
 def _expect(tensor: Tensor, shape: tuple[int, int]) -> None:

@@ -3,11 +3,15 @@
 Up to a number of tokens (`variants.crossover`) the product is computed straight from the records. Beyond it panels of
 rows are expanded, one after the other, into one buffer that stays in the L2 cache, and multiplied by cuBLAS.
 
+int8 weights meet activations of 16 bits (W8A16), also where the model quantizes them (W8A8), which would save nothing
+here: results are nearer to those of the unquantized model, and a warning says so.
+
 What takes time or memory once is done in `pack`: functions are compiled and loaded, and the buffer is allocated. So a
 call may be captured in a CUDA graph: it allocates its result alone (and a copy of activations that are not contiguous,
 not aligned, or not a multiple of 64 wide), by torch's allocator, and waits for nothing.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -25,6 +29,8 @@ _ALIGNMENT = 16  # bytes
 _MOST_COLUMNS = variants.PANEL_BYTES // (2 * layout.TILE_ROWS)  # of which a panel fits into the buffer
 _PANEL_ROWS = 128  # a panel is a multiple of this high where it can be: cuBLAS tiles by it
 
+logger = logging.getLogger(__name__)
+
 
 class CudaKernel:
     name = "cuda"
@@ -37,8 +43,6 @@ class CudaKernel:
             return "there is no sparse kernel for AMD GPUs (ROCm)"
         if weight.numel() == 0:
             return "the weight is empty"
-        if scales is not None:
-            return "the sparse kernel for GPUs takes bfloat16 and float16 weights, not int8"
         if dtype not in variants.DTYPES:
             return f"the sparse kernel for GPUs takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
         if weight.shape[1] > _MOST_COLUMNS:
@@ -60,19 +64,26 @@ class CudaKernel:
         """Pack a weight [out, in] on its device, and prepare the device for `linear`.
 
         Returns:
-            `starts` and `records` of `layout.pack`, and a tensor without elements that tells shape and dtype: [out, in,
-            0], of the weight's dtype.
+            `starts` and `records` of `layout.pack`, a tensor without elements that tells shape and dtype: [out, in, 0],
+            of the weight's dtype; for int8 the scales too, float32 [out].
         """
-        loaded(weight.device, weight.dtype)
-        return *layout.pack(weight), weight.new_empty((*weight.shape, 0))
+        outline = weight.new_empty((*weight.shape, 0))
+        if scales is None:
+            loaded(weight.device, weight.dtype, is_int8=False)
+            return *layout.pack(weight), outline
+        for dtype in variants.DTYPES:  # of activations that may come
+            loaded(weight.device, dtype, is_int8=True)
+        if quantize_activations:
+            _warn_of_activations()
+        return *layout.pack(weight), outline, scales.clone(memory_format=torch.contiguous_format)
 
     def linear(self, x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
         """x [..., in] times the packed weight, plus `bias` [out] if given: [..., out], contiguous."""
-        starts, records, outline = packed
+        starts, records, outline, *quantized = packed
         *leading, columns = x.shape
         if (
             outline.shape != (out_features, columns, 0)
-            or outline.dtype is not x.dtype
+            or (x.dtype not in variants.DTYPES if quantized else outline.dtype is not x.dtype)
             or (bias is not None and (bias.dtype is not x.dtype or bias.shape != (out_features,)))
         ):
             raise ValueError("sizes or dtypes of activations, weight and bias disagree")
@@ -84,31 +95,35 @@ class CudaKernel:
         if tokens:
             x = prepared(x.reshape(tokens, columns))
             bias = None if bias is None else bias.contiguous()
-            loaded(x.device, x.dtype).multiply(x, starts, records, bias, y.view(tokens, out_features))
+            scales = quantized[0] if quantized else None
+            functions = loaded(x.device, x.dtype, is_int8=bool(quantized))
+            functions.multiply(x, starts, records, scales, bias, y.view(tokens, out_features))
         return y
 
-    def unpack(self, packed: Sequence[Tensor]) -> tuple[Tensor, None]:
-        """The weight [out, in], bfloat16 or float16."""
-        starts, records, outline = packed
+    def unpack(self, packed: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The weight [out, in], bfloat16, float16 or int8, and the scales float32 [out] of int8."""
+        starts, records, outline, *quantized = packed
         rows, columns, _ = outline.shape
-        return layout.unpack(starts, records, rows, columns, outline.dtype), None
+        weight = layout.unpack(starts, records, rows, columns, outline.dtype)
+        return weight, quantized[0].clone() if quantized else None
 
 
 KERNEL = CudaKernel()
 
 
 class Loaded:
-    """The functions for one dtype on a device.
+    """The functions for one kind of weight and activations on a device.
 
     Args:
         device: with an index.
-        dtype: of weights and activations.
+        dtype: of activations.
+        is_int8: weights are int8; else of that dtype too.
 
     Attributes:
         buffer: what panels are expanded into.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, is_int8: bool) -> None:
         capability = torch.cuda.get_device_capability(device)
         arch = program.architecture(capability)
         assert arch is not None, "the kernel's obstacle was not asked for"
@@ -121,35 +136,41 @@ class Loaded:
 
         self._device = device
         self._crossover = variants.crossover(capability)
-        self._decode = [(variant, load(variant)) for variant in variants.decode_variants(dtype)]
-        self._expand_variant = variants.expand_variant(dtype)
+        self._decode = [(variant, load(variant)) for variant in variants.decode_variants(dtype, is_int8)]
+        self._expand_variant = variants.expand_variant(dtype, is_int8)
         self._expand = load(self._expand_variant)
         self.buffer = panel_buffer(device)
 
-    def multiply(self, x: Tensor, starts: Tensor, records: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    def multiply(
+        self, x: Tensor, starts: Tensor, records: Tensor, scales: Tensor | None, bias: Tensor | None, y: Tensor
+    ) -> None:
         """Set y [tokens, out] to x [tokens, in] times the packed weight, plus bias.
 
         Args:
             x: from `prepared`.
-            starts, records: as packed.
+            starts, records, scales: as packed.
             bias: contiguous.
             y: contiguous.
         """
         if x.shape[0] <= self._crossover:
-            self.multiply_records(x, starts, records, bias, y)
+            self.multiply_records(x, starts, records, scales, bias, y)
         else:
-            self.multiply_panels(x, starts, records, bias, y)
+            self.multiply_panels(x, starts, records, scales, bias, y)
 
-    def multiply_records(self, x: Tensor, starts: Tensor, records: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    def multiply_records(
+        self, x: Tensor, starts: Tensor, records: Tensor, scales: Tensor | None, bias: Tensor | None, y: Tensor
+    ) -> None:
         """`multiply` for up to 64 tokens."""
         (tokens, columns), rows = x.shape, y.shape[1]
         variant, function = next(pair for pair in self._decode if tokens <= pair[0].tokens)
         how = _launch(variant, rows, columns)
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        arguments = (x, starts, records, bias, y, tokens, rows, columns)
+        arguments = (x, starts, records, scales, bias, y, tokens, rows, columns)
         function.launch(how.grid, how.block, how.shared_bytes, stream, arguments)
 
-    def multiply_panels(self, x: Tensor, starts: Tensor, records: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    def multiply_panels(
+        self, x: Tensor, starts: Tensor, records: Tensor, scales: Tensor | None, bias: Tensor | None, y: Tensor
+    ) -> None:
         """`multiply` by cuBLAS on expanded panels."""
         columns = x.shape[1]
         stream = torch.cuda.current_stream(self._device)
@@ -157,7 +178,7 @@ class Loaded:
             for first, rows in panels(y.shape[1], columns):
                 how = _launch(self._expand_variant, rows, columns)
                 dense = buffer[: rows * columns].view(rows, columns)
-                arguments = (starts, records, dense, first, rows, columns)
+                arguments = (starts, records, scales, dense, first, rows, columns)
                 self._expand.launch(how.grid, how.block, how.shared_bytes, stream.cuda_stream, arguments)
                 part = y[:, first : first + rows]
                 if bias is None:
@@ -167,9 +188,17 @@ class Loaded:
 
 
 @cache
-def loaded(device: torch.device, dtype: torch.dtype) -> Loaded:
-    """The functions for a dtype on a device, compiled and loaded at the first call."""
-    return Loaded(device, dtype)
+def loaded(device: torch.device, dtype: torch.dtype, *, is_int8: bool) -> Loaded:
+    """The functions for a kind of weight and activations on a device, compiled and loaded at the first call."""
+    return Loaded(device, dtype, is_int8)
+
+
+@cache
+def _warn_of_activations() -> None:
+    logger.warning(
+        "efx-plugin: the model quantizes activations to int8 (W8A8), and the sparse kernel for GPUs leaves them in 16 "
+        "bits, as for W8A16: results are nearer to those of the unquantized model"
+    )
 
 
 @cache

@@ -6,7 +6,8 @@ A record is what one warp expands into the A operands of four `mma.m16n8k16`. It
   16t + 4s + 2h + e is stored. In the fragments of the PTX ISA ("Matrix Fragments for mma.m16n8k16 with floating point
   type") that is half e of register 2h + r of the s-th mma. The columns are permuted, so that the activations which a
   lane needs for the four mma are 16 adjacent ones;
-- 8 uint16, one per step of four bits: where the non-zeros of the step begin, in bytes from the record's begin;
+- 8 uint16, one per step of four bits, or for values of one byte 4, one per step of eight: where the non-zeros of the
+  step begin, in bytes from the record's begin;
 - the non-zeros by step, lane and bit, so that the lanes of a warp read adjacent ones, padded with zeros to 16 bytes.
 
 Bitmap tiles in the shape of tensor-core fragments are an idea of SpInfer (Fan et al., EuroSys 2025).
@@ -20,11 +21,9 @@ from torch.nn.functional import pad as pad_with_zeros
 
 TILE_ROWS, TILE_COLUMNS = 16, 64
 TILE = TILE_ROWS * TILE_COLUMNS
-LANES, BITS, STEP_BITS = 32, 32, 4
-STEPS = BITS // STEP_BITS
+LANES, BITS = 32, 32
 UNIT = 16  # bytes; records begin at its multiples
 MASK_BYTES = LANES * BITS // 8
-HEAD_BYTES = MASK_BYTES + STEPS * 2
 
 # Weights that are packed or unpacked at a time; each takes about 30 bytes of temporary memory.
 CHUNK = 1 << 22
@@ -35,6 +34,21 @@ _INTEGERS = {1: torch.int8, 2: torch.int16}  # by their bytes
 def tiles_of(rows: int, columns: int) -> tuple[int, int]:
     """How many tiles a weight [rows, columns] is high and wide."""
     return -(-rows // TILE_ROWS), -(-columns // TILE_COLUMNS)
+
+
+def steps_of(size: int) -> int:
+    """How many steps records of values of `size` bytes have."""
+    return 4 * size
+
+
+def head_bytes(size: int) -> int:
+    """The bytes of a record in front of its values of `size` bytes."""
+    return MASK_BYTES + 2 * steps_of(size)
+
+
+def slot_bytes(size: int) -> int:
+    """The bytes of the longest record of values of `size` bytes."""
+    return int(-(-(head_bytes(size) + size * TILE) // UNIT) * UNIT)
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,12 +115,12 @@ def _from_tiles(tiles: Tensor, high: int, wide: int) -> Tensor:
 
 def _units(non_zeros: Tensor, size: int) -> Tensor:
     """Units in records of so many non-zeros of `size` bytes."""
-    return (HEAD_BYTES + UNIT - 1 + size * non_zeros) // UNIT
+    return (head_bytes(size) + UNIT - 1 + size * non_zeros) // UNIT
 
 
-def _ranks(kept: Tensor) -> Tensor:
-    """How many of `kept` [tiles, 32 lanes, 32 bits] are stored before each: int32 [tiles, 8 steps, 32 lanes, 4]."""
-    by_step = kept.view(-1, LANES, STEPS, STEP_BITS).transpose(1, 2)
+def _ranks(kept: Tensor, steps: int) -> Tensor:
+    """How many of `kept` [tiles, 32 lanes, 32 bits] are stored before each: int32 [tiles, steps, 32 lanes, bits]."""
+    by_step = kept.view(-1, LANES, steps, BITS // steps).transpose(1, 2)
     flat = by_step.reshape(-1, TILE)
     return (flat.cumsum(1, dtype=torch.int32) - flat.int()).view(by_step.shape)
 
@@ -116,14 +130,14 @@ def _write(records: Tensor, starts: Tensor, tiles: Tensor) -> None:
     size = tiles.element_size()
     begins = starts.long()[:, None]
     kept = (tiles != 0).view(-1, LANES, BITS)
-    ranks = _ranks(kept)
+    ranks = _ranks(kept, steps_of(size))
     words = (kept.int() << torch.arange(BITS, dtype=torch.int32, device=tiles.device)).sum(-1, dtype=torch.int32)
-    steps = HEAD_BYTES + size * ranks[:, :, 0, 0]
+    steps = head_bytes(size) + size * ranks[:, :, 0, 0]
     records.zero_()
     _place(records.view(torch.int32), begins * (UNIT // 4), words)
     _place(records.view(torch.int16), begins * (UNIT // 2) + MASK_BYTES // 2, steps)
     values = records.view(_INTEGERS[size]).view(-1)
-    at = (begins * UNIT + HEAD_BYTES) // size + ranks.transpose(1, 2).reshape(-1, TILE)
+    at = (begins * UNIT + head_bytes(size)) // size + ranks.transpose(1, 2).reshape(-1, TILE)
     values[at[kept.view(-1, TILE)]] = tiles[tiles != 0]
 
 
@@ -138,6 +152,7 @@ def _read(records: Tensor, starts: Tensor, size: int) -> Tensor:
     words = records.view(torch.int32).view(-1)[begins * (UNIT // 4) + torch.arange(LANES, device=records.device)]
     kept = (words[:, :, None] >> torch.arange(BITS, dtype=torch.int32, device=records.device)) & 1 == 1
     values = records.view(_INTEGERS[size]).view(-1)
-    at = (begins * UNIT + HEAD_BYTES) // size + _ranks(kept).transpose(1, 2).reshape(-1, TILE)
+    ranks = _ranks(kept, steps_of(size)).transpose(1, 2).reshape(-1, TILE)
+    at = (begins * UNIT + head_bytes(size)) // size + ranks
     kept = kept.view(-1, TILE)
     return torch.where(kept, values[torch.where(kept, at, 0)], 0)

@@ -19,6 +19,11 @@ DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"
 // Waits until at most so many groups of this thread's copies, the latest ones, are under way.
 template <int groups> DEVICE void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory"); }
 
+DEVICE u32 load8(u32 from) {
+    u32 value;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(value) : "r"(from));
+    return value;
+}
 DEVICE u32 load16(u32 from) {
     u16 value;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(from));
@@ -60,6 +65,17 @@ DEVICE void mma(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile(EFX_MMA " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// a * b + c of each of two values, rounded once; of numbers that are not normal as well.
+DEVICE u32 multiply_add(u32 a, u32 b, u32 c) {
+    u32 result;
+#if EFX_FP16
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+#else
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+#endif
+    return result;
 }
 
 DEVICE float to_float(u16 value) {

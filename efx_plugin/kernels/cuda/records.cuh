@@ -1,5 +1,7 @@
 // The records of layout.py: copied to shared memory by a warp, and expanded there.
-constexpr u32 kMaskBytes = 128, kHeadBytes = 144, kSlotBytes = kHeadBytes + 2048;
+constexpr u32 kValueBytes = EFX_INT8 ? 1 : 2, kMaskBytes = 128;
+constexpr u32 kHeadBytes = kMaskBytes + (EFX_INT8 ? 8 : 16);
+constexpr u32 kSlotBytes = (kHeadBytes + 1024 * kValueBytes + 15) / 16 * 16;
 
 // Records that follow each other, to be copied to shared memory by a warp.
 struct Stream {
@@ -15,14 +17,14 @@ struct Stream {
         read_end();
     }
 
-    // Copies the next record, 9 to 137 times 16 bytes, or nothing after the last.
+    // Copies the next record, 9 to 137 times 16 bytes (int8: to 73 times), or nothing after the last.
     DEVICE void copy_next(u32 slot, u32 lane) {
         const int units = end - begin, mine = units - (int)lane;
         slot += 16 * lane;
         if (mine > 0) copy16(slot, from);
         if (mine > 32) copy16(slot + 512, from + 32);
         if (mine > 64) copy16(slot + 1024, from + 64);
-        if (units > 96) {  // more than two thirds of the weights are not zero
+        if (!EFX_INT8 && units > 96) {  // more than two thirds of the weights are not zero
             if (mine > 96) copy16(slot + 1536, from + 96);
             if (mine > 128) copy16(slot + 2048, from + 128);
         }
@@ -37,12 +39,46 @@ struct Stream {
     }
 };
 
+// int8 weights are expanded to this part of their value, which both dtypes hold exactly.
+constexpr float kParts = 64;
+
 // The weights of a lane in a record in shared memory, expanded in pairs.
 struct Weights {
     u32 mask;
-    u32 record;     // its address
-    u32 places[4];  // where the non-zeros of two steps begin for this lane, in bytes from there, in 16 bits each
-    u32 place;      // where the next one is
+    u32 record;  // its address
+    u32 place;   // where the next non-zero is, in bytes from there
+
+#if EFX_INT8
+    u32 places[2];  // where the non-zeros of two steps begin for this lane, in 16 bits each
+
+    DEVICE Weights(u32 record, u32 lane) : mask(load32(record + 4 * lane)), record(record) {
+        // How many bits each step has, in 8 bits each.
+        u32 counts = mask - (mask >> 1 & 0x55555555);
+        counts = (counts & 0x33333333) + (counts >> 2 & 0x33333333);
+        counts = (counts + (counts >> 4)) & 0x0F0F0F0F;
+        u32 below = counts;  // the same for all the lanes below together: at most 248
+        add_from_all_below(below);
+        below -= counts;
+        places[0] = load32(record + kMaskBytes) + permute(below, 0, 0x4140);
+        places[1] = load32(record + kMaskBytes + 4) + permute(below, 0, 0x4342);
+    }
+
+    // The weights of bits i and i + 1; for even i, in rising order.
+    DEVICE u32 pair(int i) {
+        if (i % 16 == 0) place = places[i / 16] & 0xFFFF;
+        if (i % 16 == 8) place = places[i / 16] >> 16;
+        u32 both = 0;
+        if (mask >> i & 1) both = load8(record + place), place++;
+        if (mask >> (i + 1) & 1) both = permute(both, load8(record + place), 0x5410), place++;
+        // With its sign flipped a byte is 128 + weight.
+#if EFX_FP16  // In the low bits of 1024 it is 1024 + 128 + weight; / 64 - 18.
+        return multiply_add(both ^ 0x64806480, 0x24002400, 0xCC80CC80);
+#else  // As a bfloat16, of which the smallest 256 are their bits x 2^-133, it is (128 + weight) 2^-133; x 2^127 - 2.
+        return multiply_add(both ^ 0x00800080, 0x7F007F00, 0xC000C000);
+#endif
+    }
+#else
+    u32 places[4];  // where the non-zeros of two steps begin for this lane, in 16 bits each
 
     DEVICE Weights(u32 record, u32 lane) : mask(load32(record + 4 * lane)), record(record) {
         const uint4 steps = load128(record + kMaskBytes);
@@ -50,13 +86,8 @@ struct Weights {
         u32 counts = mask - (mask >> 1 & 0x55555555);
         counts = (counts & 0x33333333) + (counts >> 2 & 0x33333333);
         const u32 even = counts & 0x0F0F0F0F, odd = counts >> 4 & 0x0F0F0F0F;
-        // The same for all the lanes below together: at most 124.
-        u32 even_below = even, odd_below = odd;
-        add_from_below<1>(even_below), add_from_below<1>(odd_below);
-        add_from_below<2>(even_below), add_from_below<2>(odd_below);
-        add_from_below<4>(even_below), add_from_below<4>(odd_below);
-        add_from_below<8>(even_below), add_from_below<8>(odd_below);
-        add_from_below<16>(even_below), add_from_below<16>(odd_below);
+        u32 even_below = even, odd_below = odd;  // the same for all the lanes below together: at most 124
+        add_from_all_below(even_below), add_from_all_below(odd_below);
         even_below -= even, odd_below -= odd;
         // Byte j of each, widened to 16 bits by its sign, which is 0.
         places[0] = steps.x + 2 * permute(even_below, odd_below, 0xC480);
@@ -73,5 +104,15 @@ struct Weights {
         if (mask >> i & 1) both = load16(record + place), place += 2;
         if (mask >> (i + 1) & 1) both = permute(both, load16(record + place), 0x5410), place += 2;
         return both;
+    }
+#endif
+
+private:
+    DEVICE static void add_from_all_below(u32& value) {
+        add_from_below<1>(value);
+        add_from_below<2>(value);
+        add_from_below<4>(value);
+        add_from_below<8>(value);
+        add_from_below<16>(value);
     }
 };

@@ -19,13 +19,14 @@ struct Activations {
     }
 };
 
-// y = x W^T + bias. A thread block takes kRowBlocks blocks of 16 rows; each of its warps a share of the columns, the same
+// y = x W^T + bias, of int8 weights with scales of the rows. A thread block takes kRowBlocks blocks of 16 rows; each of its warps a share of the columns, the same
 // for all variants, so that a result does not depend on the variant. Lane 4g + t holds the fragments that the PTX ISA
 // ("Matrix Fragments for mma.m16n8k16 with floating point type") names so: of A the weights of rows g and g + 8, of B the
 // activations of token g, of the sums the tokens 2t and 2t + 1 of rows g and g + 8.
 extern "C" __global__ void __launch_bounds__(kWarps * 32)
 efx_decode(const u16* __restrict__ x, const u32* __restrict__ starts, const uint4* __restrict__ records,
-           const u16* __restrict__ bias, u16* __restrict__ y, int tokens, int rows, int columns) {
+           const float* __restrict__ scales, const u16* __restrict__ bias, u16* __restrict__ y, int tokens, int rows,
+           int columns) {
     const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0);  // so that the compiler knows that it is uniform
     const int high = (rows + 15) / 16, wide = columns / 64;
@@ -93,6 +94,7 @@ efx_decode(const u16* __restrict__ x, const u32* __restrict__ starts, const uint
             float sum = 0;
 #pragma unroll
             for (int w = 0; w < kWarps; w++) sum += __uint_as_float(load32(at + w * kRingBytes));
+            if (EFX_INT8) sum *= kParts * __ldg(scales + row);
             if (bias) sum += to_float(__ldg(bias + row));
             y[(u64)token * rows + row] = round_to_16_bits(sum);
         }
@@ -100,10 +102,10 @@ efx_decode(const u16* __restrict__ x, const u32* __restrict__ starts, const uint
     }
 }
 
-// Rows of W as a dense matrix; a warp per tile.
+// Rows of W as a dense matrix, of int8 weights times their scales; a warp per tile.
 extern "C" __global__ void __launch_bounds__(kWarps * 32)
-efx_expand(const u32* __restrict__ starts, const uint4* __restrict__ records, u16* __restrict__ dense, int first_row,
-           int rows, int columns) {
+efx_expand(const u32* __restrict__ starts, const uint4* __restrict__ records, const float* __restrict__ scales,
+           u16* __restrict__ dense, int first_row, int rows, int columns) {
     const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int high = (rows + 15) / 16, wide = columns / 64, tile = blockIdx.x * kWarps + threadIdx.x / 32;
     if (tile >= high * wide) return;
@@ -119,6 +121,12 @@ efx_expand(const u32* __restrict__ starts, const uint4* __restrict__ records, u1
     for (int r = 0; r < 2; r++) {
         const int row = tile / wide * 16 + 8 * r + g;
         if (row >= rows) continue;
+        if (EFX_INT8) {
+            const float scale = kParts * __ldg(scales + first_row + row);
+#pragma unroll
+            for (u32& pair : pairs[r])
+                pair = round_to_16_bits(scale * to_float(pair)) | round_to_16_bits(scale * to_float(pair >> 16)) << 16;
+        }
         uint4* to = (uint4*)(dense + (u64)row * columns + tile % wide * 64 + 16 * t);
         to[0] = {pairs[r][0], pairs[r][1], pairs[r][2], pairs[r][3]};
         to[1] = {pairs[r][4], pairs[r][5], pairs[r][6], pairs[r][7]};

@@ -3,33 +3,39 @@
 Two kernels work on the records of `layout`. Both take whole tiles of 64 columns: where a weight has others, the caller
 pads the activations with columns of zeros up to it, and so the rows of `dense`; the records are the same.
 
+W is of the activations' dtype, or int8 with a scale per row: then variants have the macro EFX_INT8. Eight bits are
+expanded exactly in front of the tensor cores, and the float32 sums are multiplied by the scales.
+
 `decode`: y = x W^T + bias for up to 64 tokens, straight from the records. A token's result is the same, to the bit, for
 every number of tokens, hence for every variant. Arguments, in this order:
 
     x            [tokens, columns], contiguous, at a multiple of 16 bytes
     starts       int32 [tiles + 1], from `layout.pack`
     records      uint8 [units, 16], from `layout.pack`, at a multiple of 16 bytes
+    scales       float32 [rows] of int8 weights; else a null pointer
     bias         [rows], or a null pointer
     y            [tokens, rows], contiguous
     tokens       int32, 1 to the variant's
     rows         int32
     columns      int32, a multiple of 64
 
-`expand`: rows of W as a dense matrix. Arguments, in this order:
+`expand`: rows of W as a dense matrix; integers times scales, rounded to the activations' dtype. (A product of the
+integers would be rounded before it is scaled: on random weights the error of the result is the same, and float16 may
+overflow.) Arguments, in this order:
 
-    starts, records   as above
-    dense             [rows, columns], contiguous, at a multiple of 16 bytes
-    first_row         int32, a multiple of 16: the row of W that comes first
-    rows              int32, how many
-    columns           int32, a multiple of 64
+    starts, records, scales   as above
+    dense                     [rows, columns], contiguous, at a multiple of 16 bytes
+    first_row                 int32, a multiple of 16: the row of W that comes first
+    rows                      int32, how many
+    columns                   int32, a multiple of 64
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from efx_plugin.kernels.cuda.layout import HEAD_BYTES, TILE, TILE_ROWS, tiles_of
+from efx_plugin.kernels.cuda.layout import TILE_ROWS, slot_bytes, tiles_of
 
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_TOKENS_DECODED = 64
@@ -43,7 +49,11 @@ DEFAULT_CROSSOVER = 64
 
 _WARPS = 8  # of a block; in `decode` each takes its part of the columns
 _STAGES = 4  # records in flight per warp
-_SLOT = HEAD_BYTES + 2 * TILE  # bytes of the longest record
+
+# Tiles of 8 tokens, and blocks of rows for a thread block to take, of the variants of `decode`: as many as registers
+# suffice for.
+_SIZES = ((1, 1), (2, 1), (4, 2), (8, 4))
+_SIZES_INT8 = ((1, 1), (2, 1), (4, 2), (8, 2))
 
 
 @dataclass(frozen=True)
@@ -55,12 +65,14 @@ class Variant:
         defines: macros and their values.
         tokens: the most tokens that it takes; 0 for `expand`.
         row_blocks: blocks of 16 rows that a thread block takes.
+        value_bytes: of a stored weight, 1 or 2.
     """
 
     symbol: str
     defines: tuple[tuple[str, int], ...]
     tokens: int
     row_blocks: int
+    value_bytes: int
 
 
 @dataclass(frozen=True)
@@ -78,27 +90,31 @@ def source(*names: str) -> str:
     return "".join((folder / name).read_text() for name in names or ("ptx.cuh", "records.cuh", "sparse_linear.cu"))
 
 
-def decode_variants(dtype: torch.dtype) -> tuple[Variant, ...]:
-    """The variants of `decode` for activations and weights of one of `DTYPES`, by rising number of tokens."""
-    return tuple(_decode(dtype, tiles, row_blocks) for tiles, row_blocks in ((1, 1), (2, 1), (4, 2), (8, 4)))
+def decode_variants(dtype: torch.dtype, is_int8: bool = False) -> tuple[Variant, ...]:
+    """The variants of `decode` for activations of one of `DTYPES` and weights of the same or int8, by rising number of
+    tokens.
+    """
+    sizes = _SIZES_INT8 if is_int8 else _SIZES
+    return tuple(_decode(dtype, is_int8, tiles, row_blocks) for tiles, row_blocks in sizes)
 
 
-def decode_variant(dtype: torch.dtype, tokens: int) -> Variant:
+def decode_variant(dtype: torch.dtype, tokens: int, is_int8: bool = False) -> Variant:
     """The variant of `decode` for 1 to 64 tokens."""
-    return next(variant for variant in decode_variants(dtype) if tokens <= variant.tokens)
+    return next(variant for variant in decode_variants(dtype, is_int8) if tokens <= variant.tokens)
 
 
-def expand_variant(dtype: torch.dtype) -> Variant:
+def expand_variant(dtype: torch.dtype, is_int8: bool = False) -> Variant:
     """The variant of `expand`, which comes in one cubin with the first variant of `decode`."""
-    return Variant("efx_expand", decode_variants(dtype)[0].defines, tokens=0, row_blocks=1)
+    return replace(decode_variants(dtype, is_int8)[0], symbol="efx_expand", tokens=0)
 
 
 def launch(variant: Variant, rows: int, columns: int) -> Launch:
     """How to launch a variant on a weight, or for `expand` on a panel, of so many rows and columns."""
     high, wide = tiles_of(rows, columns)
+    slots = _WARPS * slot_bytes(variant.value_bytes)
     if variant.tokens == 0:
-        return Launch(-(-high * wide // _WARPS), _WARPS * 32, _WARPS * _SLOT)
-    return Launch(-(-high // variant.row_blocks), _WARPS * 32, _WARPS * _STAGES * _SLOT)
+        return Launch(-(-high * wide // _WARPS), _WARPS * 32, slots)
+    return Launch(-(-high // variant.row_blocks), _WARPS * 32, _STAGES * slots)
 
 
 def panel_rows(columns: int) -> int:
@@ -111,12 +127,14 @@ def crossover(capability: tuple[int, int]) -> int:
     return CROSSOVER.get(capability, DEFAULT_CROSSOVER)
 
 
-def _decode(dtype: torch.dtype, token_tiles: int, row_blocks: int) -> Variant:
+def _decode(dtype: torch.dtype, is_int8: bool, token_tiles: int, row_blocks: int) -> Variant:
     defines = {
         "EFX_FP16": int(dtype == torch.float16),
+        "EFX_INT8": int(is_int8),
         "EFX_TOKEN_TILES": token_tiles,
         "EFX_ROW_BLOCKS": row_blocks,
         "EFX_WARPS": _WARPS,
         "EFX_STAGES": _STAGES,
     }
-    return Variant("efx_decode", tuple(defines.items()), tokens=8 * token_tiles, row_blocks=row_blocks)
+    value_bytes = 1 if is_int8 else 2
+    return Variant("efx_decode", tuple(defines.items()), 8 * token_tiles, row_blocks, value_bytes)

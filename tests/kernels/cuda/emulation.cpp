@@ -200,6 +200,7 @@ template <class Value> inline Value load(u32 from) {
     std::memcpy(&value, machine::at(from, sizeof value), sizeof value);
     return value;
 }
+inline u32 load8(u32 from) { return load<u8>(from); }
 inline u32 load16(u32 from) { return load<u16>(from); }
 inline u32 load32(u32 from) { return load<u32>(from); }
 inline uint4 load128(u32 from) { return load<uint4>(from); }
@@ -243,6 +244,18 @@ inline u16 round_to_16_bits(float value) {
 #endif
 }
 
+inline u32 multiply_add(u32 a, u32 b, u32 c) {  // "fma.rn", half by half
+    u32 result = 0;
+    for (int half = 0; half < 2; half++) {
+        const auto value = [=](u32 pair) { return (double)to_float(pair >> 16 * half); };
+        const double sum = value(a) * value(b) + value(c);
+        const float rounded = (float)sum;
+        machine::faults += rounded != sum && sum == sum;  // else it would be rounded twice
+        result |= (u32)round_to_16_bits(rounded) << 16 * half;
+    }
+    return result;
+}
+
 // PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": with g = lane / 4 and t = lane % 4,
 // register i of A holds row g + 8 (i % 2), columns 2t and 2t + 1, plus 8 for i >= 2; register i of B rows 2t + 8i and
 // 2t + 8i + 1 of column g; sum i row g + 8 (i / 2), column 2t + i % 2.
@@ -273,7 +286,7 @@ namespace {
 struct Call {
     int grid, block, shared_bytes, at_once, descending;
     int ranges;  // of global memory that may be read
-    machine::Range range[4];
+    machine::Range range[6];
 };
 
 // Returns how many faults there were.
@@ -288,11 +301,11 @@ long launch(const Call& call, std::function<void()> kernel) {
 }  // namespace
 
 extern "C" long emulate_decode(const Call* call, const u16* x, const u32* starts, const uint4* records,
-                               const u16* bias, u16* y, int tokens, int rows, int columns) {
-    return launch(*call, [=] { efx_decode(x, starts, records, bias, y, tokens, rows, columns); });
+                               const float* scales, const u16* bias, u16* y, int tokens, int rows, int columns) {
+    return launch(*call, [=] { efx_decode(x, starts, records, scales, bias, y, tokens, rows, columns); });
 }
 
-extern "C" long emulate_expand(const Call* call, const u32* starts, const uint4* records, u16* dense, int first_row,
-                               int rows, int columns) {
-    return launch(*call, [=] { efx_expand(starts, records, dense, first_row, rows, columns); });
+extern "C" long emulate_expand(const Call* call, const u32* starts, const uint4* records, const float* scales,
+                               u16* dense, int first_row, int rows, int columns) {
+    return launch(*call, [=] { efx_expand(starts, records, scales, dense, first_row, rows, columns); });
 }

@@ -42,6 +42,14 @@ def sparse_weight(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16, 
     return (torch.randn(rows, columns, generator=generator) * kept).to(dtype)
 
 
+def int8_weight(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """With its scales."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-128, 128, (rows, columns), generator=generator)
+    kept = torch.rand(rows, columns, generator=generator) < 0.5
+    return (weight * kept).to(torch.int8), torch.rand(rows, generator=generator) / 64
+
+
 def linear(x, packed, bias, rows):
     return torch.ops.efx.sparse_linear(x, list(packed), bias, rows, "cuda")
 
@@ -63,6 +71,34 @@ def test_is_the_product_for_any_number_of_tokens(gpu, small_panels, shape, token
     torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, bias))
     expected = "efx_decode" if tokens <= 64 else "efx_expand"
     assert {one.symbol for one in gpu.launched} == {expected}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shape", [(48, 64), (33, 24), (200, 7)])
+@pytest.mark.parametrize("tokens", [1, 64, 65])
+def test_rows_of_int8_are_scaled_before_the_bias_is_added(gpu, small_panels, shape, tokens, with_bias, dtype):
+    rows, columns = shape
+    weight, scales = int8_weight(rows, columns)
+    dense = weight * scales[:, None]
+    x = torch.randn(tokens, columns).to(dtype)
+    bias = torch.randn(rows).to(dtype) if with_bias else None
+    y = linear(x, KERNEL.pack(weight, scales, False), bias, rows)
+    assert y.is_contiguous() and y.dtype == dtype
+    dense = dense.to(dtype) if tokens > 64 else dense  # as a panel is
+    exact = torch.nn.functional.linear(x.double(), dense.double(), None if bias is None else bias.double())
+    torch.testing.assert_close(y, exact.to(dtype))
+
+
+def test_that_activations_are_not_quantized_is_said_once(gpu, caplog):
+    weight, scales = int8_weight(20, 64)
+    KERNEL.pack(weight, scales, False)
+    assert not caplog.records
+    packed = [KERNEL.pack(weight, scales, True) for _ in range(2)]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "W8A8" in record.message and "leaves them in 16 bits" in record.message
+    x = torch.randn(3, 64).bfloat16()
+    assert torch.equal(linear(x, packed[0], None, 20), linear(x, KERNEL.pack(weight, scales, False), None, 20))
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0), (2, 3), (3, 40)])
@@ -104,8 +140,11 @@ def test_activations_that_are_in_order_are_not_copied(gpu):
 
 def test_what_does_not_fit_is_refused(gpu):
     packed = KERNEL.pack(sparse_weight(20, 24), None, False)
+    packed_int8 = KERNEL.pack(*int8_weight(20, 24), False)
     x, bias = torch.randn(2, 24).bfloat16(), torch.randn(20).bfloat16()
     for wrong in (
+        (x.float(), packed_int8, None, 20),
+        (x, packed_int8, bias.half(), 20),
         (x[:, :16], packed, None, 20),
         (x.half(), packed, None, 20),
         (x, packed, None, 21),
@@ -140,11 +179,13 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("tokens", [1, 8, 16, 32, 64, 65, 1000])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_a_call_compiles_nothing_and_allocates_its_result_alone(gpu, small_panels, tokens, with_bias):
-    packed = KERNEL.pack(sparse_weight(80, 64), None, False)
-    x, bias = torch.randn(tokens, 64).bfloat16(), torch.randn(80).bfloat16() if with_bias else None
+@pytest.mark.parametrize(("dtype", "is_int8"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, True)])
+def test_a_call_compiles_nothing_and_allocates_its_result_alone(gpu, small_panels, tokens, with_bias, dtype, is_int8):
+    packed = KERNEL.pack(*(int8_weight(80, 64) if is_int8 else (sparse_weight(80, 64, dtype), None)), False)
+    x, bias = torch.randn(tokens, 64).to(dtype), torch.randn(80).to(dtype) if with_bias else None
     compiled, loaded = len(gpu.compiled), len(gpu.loaded)
-    assert (compiled, loaded) == (5, 5)  # four numbers of tokens, and the expansion
+    # Four numbers of tokens, and the expansion; for int8 with activations of either dtype.
+    assert compiled == loaded == (10 if is_int8 else 5)
     with Recorder() as recorder:
         linear(x, packed, bias, 80)
     assert recorder.allocated == [(tokens, 80)]
@@ -274,6 +315,14 @@ def test_unpacking_gives_back_every_bit(gpu, shape, dtype):
     assert scales is None and unpacked.dtype == dtype and torch.equal(unpacked, weight)
 
 
+@pytest.mark.parametrize("shape", [(48, 64), (33, 50), (1, 1)])
+def test_unpacking_gives_back_int8_and_scales(gpu, shape):
+    weight, scales = int8_weight(*shape)
+    unpacked, own_scales = KERNEL.unpack(KERNEL.pack(weight, scales, False))
+    assert unpacked.dtype == torch.int8 and torch.equal(unpacked, weight)
+    assert own_scales.dtype == torch.float32 and torch.equal(own_scales, scales)
+
+
 class PeakMemory(TorchDispatchMode):
     """The most bytes that tensors made inside of it take at a time; `given` was there before."""
 
@@ -326,6 +375,7 @@ def on_gpu(rows: int = 32, columns: int = 64, dtype: torch.dtype = torch.bfloat1
 def test_it_is_the_kernel_for_gpus(devices):
     for dtype in DTYPES:
         assert registry.choose(on_gpu(dtype=dtype), dtype, None) == (KERNEL, None)
+        assert registry.choose(on_gpu(dtype=torch.int8), dtype, torch.ones(32, device="cuda:0")) == (KERNEL, None)
 
 
 @pytest.mark.parametrize("forced", [False, True])
@@ -358,7 +408,7 @@ def test_without_nvrtc_the_reference_serves_and_says_what_to_install(devices, mo
     ("shape", "dtype", "expected"),
     [
         ((4, 4), torch.float32, "the sparse kernel for GPUs takes bfloat16 and float16, not float32"),
-        ((4, 4), torch.int8, "the sparse kernel for GPUs takes bfloat16 and float16 weights, not int8"),
+        ((4, 4), torch.int8, "the sparse kernel for GPUs takes bfloat16 and float16, not float32"),
         ((0, 4), torch.bfloat16, "the weight is empty"),
         ((4, 0), torch.bfloat16, "the weight is empty"),
         ((1, 2**19 + 1), torch.bfloat16, "the sparse kernel for GPUs takes rows of up to 524288 weights, not 524289"),
@@ -367,7 +417,7 @@ def test_without_nvrtc_the_reference_serves_and_says_what_to_install(devices, mo
 def test_what_it_does_not_take_is_left_to_the_reference(devices, monkeypatch, shape, dtype, expected, forced):
     weight = on_gpu(*shape, dtype)
     scales = torch.ones(shape[0], device="cuda:0") if dtype == torch.int8 else None
-    check_refused(monkeypatch, forced, expected, weight, torch.bfloat16 if dtype == torch.int8 else dtype, scales)
+    check_refused(monkeypatch, forced, expected, weight, torch.float32 if dtype == torch.int8 else dtype, scales)
 
 
 def check_refused(monkeypatch, forced, expected, weight, dtype, scales=None):

@@ -22,7 +22,7 @@ def emulated(tmp_path_factory):
     def find(defines: dict[str, int]) -> EmulatedGpu:
         key = tuple(defines.items())
         if key not in compiled:
-            variant = variants.Variant("", key, 0, 0)
+            variant = variants.Variant("", key, 0, 0, 0)
             compiled[key] = EmulatedGpu(variant, tmp_path_factory.mktemp("emulated"))
         return compiled[key]
 
@@ -46,17 +46,25 @@ def gpu(monkeypatch, emulated) -> FakeGpu:
     kernel.panels.cache_clear()
 
 
+@pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("tokens", [1, 7, 12, 66])
 @pytest.mark.parametrize("shape", [(100, 128), (33, 100), (60, 1000)])
-def test_computes_the_product(gpu, shape, tokens):
+def test_computes_the_product(gpu, shape, tokens, is_int8):
     rows, columns = shape
     generator = torch.Generator().manual_seed(0)
     kept = torch.rand(shape, generator=generator) < 0.5
-    weight = (torch.randn(shape, generator=generator) * kept).bfloat16()
+    weight, scales = (torch.randn(shape, generator=generator) * kept).bfloat16(), None
+    dense = weight
+    if is_int8:
+        scales = torch.rand(rows, generator=generator) / 64
+        weight = (torch.randint(-128, 128, shape, generator=generator) * kept).to(torch.int8)
+        dense = weight * scales[:, None]
+        dense = dense.bfloat16() if tokens > 64 else dense  # as a panel is
     x = torch.randn(tokens, columns, generator=generator).bfloat16()
     bias = torch.randn(rows, generator=generator).bfloat16()
-    packed = kernel.KERNEL.pack(weight, None, False)
+    packed = kernel.KERNEL.pack(weight, scales, False)
     y = kernel.KERNEL.linear(x, packed, bias, rows)
-    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, bias))
+    exact = torch.nn.functional.linear(x.double(), dense.double(), bias.double())
+    torch.testing.assert_close(y, exact.bfloat16())
     panels = [one for one in gpu.launched if one.symbol == "efx_expand"]
     assert len(panels) == (0 if tokens <= 64 else len(kernel.panels(rows, -(-columns // 64) * 64)))

@@ -19,13 +19,14 @@ def read_record(record: bytes, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
     """The tile [16, 64] in a record, value by value, and how many bytes were used."""
     numbers = torch.frombuffer(bytearray(record), dtype=torch.uint8)
     masks = numbers[:128].view(torch.int32).tolist()
-    steps = numbers[128:144].view(torch.int16).tolist()
+    count, at = (4, 136) if dtype == torch.int8 else (8, 144)
+    steps = numbers[128:at].view(torch.int16).tolist()
     tile = torch.zeros(16, 64, dtype=dtype)
-    at = 144
-    for step in range(8):
+    bits = 32 // count
+    for step in range(count):
         assert steps[step] == at
         for lane in range(32):
-            for bit in range(4 * step, 4 * step + 4):
+            for bit in range(bits * step, bits * step + bits):
                 if masks[lane] >> bit & 1:
                     g, t, s, h, r, e = lane // 4, lane % 4, bit // 8, bit // 4 % 2, bit // 2 % 2, bit % 2
                     value = numbers[at : at + dtype.itemsize].view(dtype)
@@ -67,6 +68,17 @@ def test_every_bit_pattern_comes_back_and_zeros_lose_their_sign(dtype):
     patterns = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(256, 256)
     back = layout.unpack(*layout.pack(patterns.view(dtype)), 256, 256, dtype)
     assert torch.equal(back.view(torch.int16), patterns.where(patterns != -(1 << 15), 0))
+
+
+def test_every_integer_comes_back():
+    integers = torch.arange(-128, 128).to(torch.int8).repeat(16).view(64, 64)
+    assert torch.equal(layout.unpack(*layout.pack(integers), 64, 64, torch.int8), integers)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_longest_record_is_a_full_one(dtype):
+    starts, _ = layout.pack(torch.ones(16, 64, dtype=dtype))
+    assert starts[1] * layout.UNIT == layout.slot_bytes(dtype.itemsize)
 
 
 def test_a_view_is_packed_as_its_copy():

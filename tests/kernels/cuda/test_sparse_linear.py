@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -17,15 +17,15 @@ from efx_plugin.kernels.cuda import layout, variants
 from efx_plugin.kernels.cuda.variants import DTYPES, Variant
 from tests.support.emulated_gpu import SOURCE, EmulatedGpu
 
-CASES = int(os.environ.get("EFX_EMULATED_CASES", "500"))
+CASES = int(os.environ.get("EFX_EMULATED_CASES", "800"))
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SMALLEST = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
-VARIANTS = [variant for dtype in DTYPES for variant in variants.decode_variants(dtype)]
-VARIANTS_OF = {dtype: variants.decode_variants(dtype) for dtype in DTYPES}
+KINDS = [(dtype, is_int8) for is_int8 in (False, True) for dtype in DTYPES]  # of activations and weights
+VARIANTS = [(variant, *kind) for kind in KINDS for variant in variants.decode_variants(*kind)]
 MASKS = ("dense", "empty", "random", "2:4", "rows", "blocks")
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
-every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+every_kind = pytest.mark.parametrize(("dtype", "is_int8"), KINDS)
 Gpus = Callable[[Variant], EmulatedGpu]
 
 
@@ -47,6 +47,7 @@ class Case:
     """A product; `seed` says the values."""
 
     dtype: torch.dtype
+    is_int8: bool
     tokens: int
     rows: int
     columns: int
@@ -57,14 +58,17 @@ class Case:
     descending: bool = False
     seed: int = 0
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Activations, weight and bias."""
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Activations, weight, its scales if it is int8, and bias."""
         generator = torch.Generator().manual_seed(self.seed)
         weight = torch.randn(self.rows, self.columns, generator=generator)
-        weight = (weight * self._mask(generator)).to(self.dtype)
+        if self.is_int8:
+            weight = torch.randint(-128, 128, weight.shape, generator=generator)
+        weight = (weight * self._mask(generator)).to(torch.int8 if self.is_int8 else self.dtype)
         x = torch.randn(self.tokens, self.columns, generator=generator).to(self.dtype)
         bias = torch.randn(self.rows, generator=generator).to(self.dtype)
-        return x, weight, bias if self.biased else None
+        scales = torch.randn(self.rows, generator=generator).exp() / 64
+        return x, weight, scales if self.is_int8 else None, bias if self.biased else None
 
     def _mask(self, generator: torch.Generator) -> Tensor:
         scores = torch.rand(self.rows, self.columns, generator=generator)
@@ -81,12 +85,13 @@ class Case:
         return scores < {"dense": 1.0, "empty": 0.0, "random": self.density}[self.mask]
 
 
-def random_case(variant: Variant, dtype: torch.dtype, seed: int) -> Case:
+def random_case(variant: Variant, dtype: torch.dtype, is_int8: bool, seed: int) -> Case:
     """One for the variant. Every third has more records than the rings have slots."""
     choose = random.Random(seed)
     columns = choose.randint(2048, 2560) if seed % 3 == 0 else choose.randint(1, 700)
     return Case(
         dtype,
+        is_int8,
         tokens=choose.randint(variant.tokens // 2 + 1 if variant.tokens > 8 else 1, variant.tokens),
         rows=choose.randint(1, 16 * variant.row_blocks) if seed % 3 == 0 else choose.randint(1, 70),
         columns=choose.choice((columns, -(-columns // 64) * 64)),
@@ -103,68 +108,91 @@ def padded(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, -x.shape[1] % layout.TILE_COLUMNS))
 
 
+def value(weight: Tensor, scales: Tensor | None) -> Tensor:
+    """The weight in float64."""
+    return weight.double() if scales is None else weight.double() * scales.double()[:, None]
+
+
+def rounded(weight: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight in a dtype of 16 bits; a scaled integer is float32 before."""
+    return value(weight, scales).float().to(dtype)
+
+
 def check(gpu: EmulatedGpu, case: Case) -> None:
     """The product is the float64 one but for the rounding of each step of 16 columns in float32, and of the result; the
     expanded weight is the weight.
     """
     gpu.at_once, gpu.descending = case.at_once, case.descending
-    x, weight, bias = case.tensors()
-    starts, records = layout.pack(weight)
-    y = gpu.decode(padded(x), starts, records, bias, case.rows).double()
-    products = [x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T]
+    x, weight, scales, bias = case.tensors()
+    packed = (*layout.pack(weight), scales)
+    y = gpu.decode(padded(x), packed, bias, case.rows).double()
+    products = [x.double() @ value(weight, scales).T, x.double().abs() @ value(weight, scales).abs().T]
     exact, magnitude = products if bias is None else (products[0] + bias.double(), products[1] + bias.double().abs())
     roundings = case.columns / 16 + 16
     before = magnitude * roundings * 2.0**-24
     allowed = before + UNIT_ROUNDOFF[case.dtype] * (exact.abs() + before) + SMALLEST[case.dtype]
     assert torch.all((y - exact).abs() <= allowed), case
-    dense = gpu.expand(starts, records, case.dtype, (0, case.rows, padded(x).shape[1]))
-    assert torch.equal(dense[:, : case.columns], weight) and not dense[:, case.columns :].any(), case
+    dense = gpu.expand(packed, case.dtype, (0, case.rows, padded(x).shape[1]))
+    assert torch.equal(dense[:, : case.columns], rounded(weight, scales, case.dtype)), case
+    assert not dense[:, case.columns :].any(), case
 
 
 @pytest.mark.parametrize("part", range(4))
 @pytest.mark.parametrize("number", range(len(VARIANTS)))
 def test_products_and_expansions_are_those_of_float64(gpus, number, part):
-    variant, dtype = VARIANTS[number], DTYPES[number * len(DTYPES) // len(VARIANTS)]
+    variant, dtype, is_int8 = VARIANTS[number]
     for seed in range(4 * number + part, CASES, 4 * len(VARIANTS)):
-        check(gpus(variant), random_case(variant, dtype, seed))
+        check(gpus(variant), random_case(variant, dtype, is_int8, seed))
 
 
-@every_dtype
-def test_a_token_does_not_depend_on_its_batch(gpus, dtype):
-    case = Case(dtype, tokens=64, rows=20, columns=600)
-    x, weight, bias = case.tensors()
-    starts, records = layout.pack(weight)
-    gpu = gpus(VARIANTS_OF[dtype][0])
-    alone = torch.cat([gpu.decode(padded(token[None]), starts, records, bias, case.rows) for token in x[:8]])
+@every_kind
+def test_a_token_does_not_depend_on_its_batch(gpus, dtype, is_int8):
+    case = Case(dtype, is_int8, tokens=64, rows=20, columns=600)
+    x, weight, scales, bias = case.tensors()
+    packed = (*layout.pack(weight), scales)
+    gpu = gpus(variants.decode_variant(dtype, 1, is_int8))
+    alone = torch.cat([gpu.decode(padded(token[None]), packed, bias, case.rows) for token in x[:8]])
     for tokens in (8, 9, 17, 33, 64):
-        gpu = gpus(variants.decode_variant(dtype, tokens))
-        together = gpu.decode(padded(x[:tokens]), starts, records, bias, case.rows)
+        gpu = gpus(variants.decode_variant(dtype, tokens, is_int8))
+        together = gpu.decode(padded(x[:tokens]), packed, bias, case.rows)
         assert torch.equal(together[:8], alone)
 
 
-@every_dtype
-def test_what_is_no_number_stays_within_its_token_and_spreads_as_in_a_dense_product(gpus, dtype):
-    case = Case(dtype, tokens=4, rows=20, columns=100)
-    x, weight, bias = case.tensors()
+@every_kind
+def test_what_is_no_number_stays_within_its_token_and_spreads_as_in_a_dense_product(gpus, dtype, is_int8):
+    case = Case(dtype, is_int8, tokens=4, rows=20, columns=100)
+    x, weight, scales, bias = case.tensors()
     x[1, 7], x[2, 99] = torch.nan, torch.inf
-    weight[3, 50] = -torch.inf
-    starts, records = layout.pack(weight)
-    y = gpus(VARIANTS_OF[dtype][0]).decode(padded(x), starts, records, bias, case.rows)
-    dense = x.float() @ weight.float().T + bias.float()
+    if not is_int8:
+        weight[3, 50] = -torch.inf
+    packed = (*layout.pack(weight), scales)
+    y = gpus(variants.decode_variant(dtype, 4, is_int8)).decode(padded(x), packed, bias, case.rows)
+    dense = x.double() @ value(weight, scales).T + bias.double()
     assert torch.equal(y.isnan(), dense.isnan()) and torch.equal(y.isinf(), dense.isinf())
 
 
+@every_kind
 @pytest.mark.parametrize("panel", [(0, 48, 192), (16, 16, 192), (32, 10, 192), (48, 37, 192)])
-def test_a_panel_is_those_rows(gpus, panel):
-    weight = Case(torch.bfloat16, tokens=1, rows=85, columns=150).tensors()[1]
+def test_a_panel_is_those_rows(gpus, panel, dtype, is_int8):
+    _, weight, scales, _ = Case(dtype, is_int8, tokens=1, rows=85, columns=150).tensors()
     first, rows, columns = panel
-    dense = gpus(VARIANTS[0]).expand(*layout.pack(weight), torch.bfloat16, panel)
-    assert torch.equal(dense, torch.nn.functional.pad(weight, (0, columns - 150))[first : first + rows])
+    gpu = gpus(variants.decode_variant(dtype, 1, is_int8))
+    dense = gpu.expand((*layout.pack(weight), scales), dtype, panel)
+    expected = torch.nn.functional.pad(rounded(weight, scales, dtype), (0, columns - 150))
+    assert torch.equal(dense, expected[first : first + rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_integer_is_expanded_to_itself(gpus, dtype):
+    weight = torch.arange(-128, 128).to(torch.int8).repeat(16).view(64, 64)
+    packed = (*layout.pack(weight), torch.ones(64))
+    gpu = gpus(variants.decode_variant(dtype, 64, is_int8=True))
+    assert torch.equal(gpu.decode(torch.eye(64, dtype=dtype), packed, None, 64).T, weight.to(dtype))
+    assert torch.equal(gpu.expand(packed, dtype, (0, 64, 64)), weight.to(dtype))
 
 
 # What the emulation would not notice, the tests above would not either: so faults are planted.
 
-MUTATED = variants.decode_variant(torch.bfloat16, 32)
 MUTATIONS = {
     "one record too few is waited for": ("wait_copies<kStages - 1>", "wait_copies<kStages>"),
     "an expansion does not wait": ("wait_copies<0>();", "wait_copies<1>();"),
@@ -187,10 +215,10 @@ MUTATIONS = {
         "((int)blockIdx.x * kRowBlocks + r)",
     ),
     "records are read beyond the last": ("if (left > 0) end", "if (left > -2) end"),
-    "dense records are cut off": ("if (units > 96)", "if (units > 128)"),
+    "dense records are cut off": ("units > 96", "units > 128"),
     "the longest record is cut off": ("if (mine > 128) copy16(slot + 2048, from + 128);", ""),
     "a lane's own bits count as those below": ("even_below -= even, odd_below -= odd;", ""),
-    "the farthest lanes are not counted": ("add_from_below<16>(even_below), add_from_below<16>(odd_below);", ""),
+    "the farthest lanes are not counted": ("add_from_below<16>(value);", ""),
     "offsets of steps are missing": ("places[1] = steps.y + 2", "places[1] = 2"),
     "an offset of lanes is missing": (
         "places[2] = steps.z + 2 * permute(even_below, odd_below, 0xE6A2)",
@@ -223,33 +251,74 @@ MUTATIONS = {
         "if (row >= rows) continue;",
     ),
     "a panel begins at the first row": ("(u64)first_row / 16 * wide + tile", "tile"),
-    "rows of a panel are written beyond the last": ("if (row >= rows) continue;\n        uint4", "uint4"),
+    "rows of a panel are written beyond the last": ("if (row >= rows) continue;\n        if", "if"),
+}
+MUTATIONS_OF_INT8 = {
+    "a scale is missing": ("if (EFX_INT8) sum *= kParts * __ldg(scales + row)", "if (EFX_INT8) sum *= kParts"),
+    "a scale is another row's": ("__ldg(scales + row)", "__ldg(scales + row_of_block)"),
+    "a part is taken for the whole": ("sum *= kParts * __ldg", "sum *= __ldg"),
+    "the bias is scaled": (
+        "            if (EFX_INT8) sum *= kParts * __ldg(scales + row);\n"
+        "            if (bias) sum += to_float(__ldg(bias + row));",
+        "            if (bias) sum += to_float(__ldg(bias + row));\n"
+        "            if (EFX_INT8) sum *= kParts * __ldg(scales + row);",
+    ),
+    "a panel is not scaled": (
+        "const float scale = kParts * __ldg(scales + first_row + row)",
+        "const float scale = kParts",
+    ),
+    "a panel has the scales of the first rows": ("__ldg(scales + first_row + row)", "__ldg(scales + row)"),
+    "the second of two weights is not scaled": ("round_to_16_bits(scale * to_float(pair >> 16))", "(pair >> 16)"),
+    "a record is longer than its slot": ("1024 * kValueBytes + 15", "1008 * kValueBytes"),
+    "counts of bits overflow": ("(counts + (counts >> 4)) & 0x0F0F0F0F", "(counts + (counts >> 4)) & 0x07070707"),
+    "a lane's own bits count as those below": ("below -= counts;", ""),
+    "the farthest lanes are not counted": ("add_from_below<16>(value);", ""),
+    "an offset of a step is missing": ("load32(record + kMaskBytes + 4) + permute", "permute"),
+    "an offset of lanes is missing": (" + permute(below, 0, 0x4342)", ""),
+    "a lane's non-zeros are counted by two bytes": (
+        "load8(record + place), place++;\n        if",
+        "load8(record + place), place += 2;\n        if",
+    ),
+    "halves of a pair are swapped": ("load8(record + place), 0x5410)", "load8(record + place), 0x1054)"),
+    "the sign of the second weight is not flipped": ("both ^ 0x00800080", "both ^ 0x00000080"),
+    "integers are without sign": ("both ^ 0x00800080, 0x7F007F00, 0xC000C000", "both, 0x7F007F00, 0"),
+    "integers are doubled": ("0x7F007F00, 0xC000C000", "0x7F807F80, 0xC080C080"),
 }
 PROBES = (
-    Case(torch.bfloat16, tokens=27, rows=45, columns=2112),
-    Case(torch.bfloat16, tokens=32, rows=32, columns=2560, at_once=True, descending=True),
-    Case(torch.bfloat16, tokens=17, rows=40, columns=450, mask="blocks", at_once=True),
-    Case(torch.bfloat16, tokens=20, rows=16, columns=64, density=0.85, descending=True),
+    Case(torch.bfloat16, False, tokens=27, rows=45, columns=2112),
+    Case(torch.bfloat16, False, tokens=32, rows=32, columns=2560, at_once=True, descending=True),
+    Case(torch.bfloat16, False, tokens=17, rows=40, columns=450, mask="blocks", at_once=True),
+    Case(torch.bfloat16, False, tokens=20, rows=16, columns=64, density=0.85, descending=True),
 )
+PLANTED = [
+    *(
+        (is_int8, mutation)
+        for is_int8, mutations in ((False, MUTATIONS), (True, MUTATIONS_OF_INT8))
+        for mutation in mutations
+    )
+]
 
 
-def check_panel(gpu: EmulatedGpu) -> None:
-    weight = PROBES[0].tensors()[1]
-    assert torch.equal(gpu.expand(*layout.pack(weight), weight.dtype, (16, 20, 2112)), weight[16:36])
+def probe(gpu: EmulatedGpu, is_int8: bool) -> None:
+    """All probes, and a panel."""
+    cases = [replace(case, is_int8=is_int8) for case in PROBES]
+    for case in cases:
+        check(gpu, case)
+    _, weight, scales, _ = cases[0].tensors()
+    panel = gpu.expand((*layout.pack(weight), scales), cases[0].dtype, (16, 20, 2112))
+    assert torch.equal(panel, rounded(weight, scales, cases[0].dtype)[16:36])
 
 
-def test_probes_pass_without_a_mutation(gpus):
-    for case in PROBES:
-        check(gpus(MUTATED), case)
-    check_panel(gpus(MUTATED))
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_probes_pass_without_a_mutation(gpus, is_int8):
+    probe(gpus(variants.decode_variant(torch.bfloat16, 32, is_int8)), is_int8)
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_planted_fault_is_caught(tmp_path, mutation):
-    before, after = MUTATIONS[mutation]
+@pytest.mark.parametrize(("is_int8", "mutation"), PLANTED)
+def test_a_planted_fault_is_caught(tmp_path, is_int8, mutation):
+    before, after = (MUTATIONS_OF_INT8 if is_int8 else MUTATIONS)[mutation]
     assert SOURCE.count(before) == 1
-    gpu = EmulatedGpu(MUTATED, tmp_path, SOURCE.replace(before, after), optimize="-O1")
+    mutated = variants.decode_variant(torch.bfloat16, 32, is_int8)
+    gpu = EmulatedGpu(mutated, tmp_path, SOURCE.replace(before, after), optimize="-O1")
     with pytest.raises(AssertionError):
-        for case in PROBES:
-            check(gpu, case)
-        check_panel(gpu)
+        probe(gpu, is_int8)

@@ -1,5 +1,7 @@
 """The table of variants covers every number of tokens, and what it says fits the devices."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -9,18 +11,21 @@ from efx_plugin.kernels.cuda.variants import DTYPES, MOST_TOKENS_DECODED
 SHARED_BYTES_OF_SM_86 = 99 << 10  # per block; of the architectures from 8.0 on, 8.6, 8.9 and 12.0 have the least
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_smallest_variant_that_takes_the_tokens_is_chosen(dtype):
-    all_variants = variants.decode_variants(dtype)
+every_kind = pytest.mark.parametrize(("dtype", "is_int8"), itertools.product(DTYPES, (False, True)))
+
+
+@every_kind
+def test_the_smallest_variant_that_takes_the_tokens_is_chosen(dtype, is_int8):
+    all_variants = variants.decode_variants(dtype, is_int8)
     for tokens in range(1, MOST_TOKENS_DECODED + 1):
-        variant = variants.decode_variant(dtype, tokens)
+        variant = variants.decode_variant(dtype, tokens, is_int8)
         smaller = [other.tokens for other in all_variants if other.tokens < variant.tokens]
         assert max(smaller, default=0) < tokens <= variant.tokens
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_block_fits_every_device(dtype):
-    for variant in (*variants.decode_variants(dtype), variants.expand_variant(dtype)):
+@every_kind
+def test_a_block_fits_every_device(dtype, is_int8):
+    for variant in (*variants.decode_variants(dtype, is_int8), variants.expand_variant(dtype, is_int8)):
         launch = variants.launch(variant, 4096, 14336)
         assert launch.shared_bytes <= SHARED_BYTES_OF_SM_86 and launch.block <= 1024
 
