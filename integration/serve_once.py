@@ -60,7 +60,7 @@ def serve(
     speeds = []
     for _ in range(1 + REPEATS):
         start = time.perf_counter()
-        outputs = [request.outputs[0] for request in llm.generate(inputs, sampling)]
+        outputs = [request.outputs[0] for request in llm.generate(inputs, sampling, use_tqdm=False)]
         speeds.append(sum(len(output.token_ids) for output in outputs) / (time.perf_counter() - start))
 
     kernels = sorted({kernel for worker in llm.apply_model(kernels_in_use) for kernel in worker})
