@@ -8,7 +8,8 @@ A record is what one warp expands into the A operands of four `mma.m16n8k16`. It
   lane needs for the four mma are 16 adjacent ones;
 - 8 uint16, one per step of four bits, or for values of one byte 4, one per step of eight: where the non-zeros of the
   step begin, in bytes from the record's begin;
-- the non-zeros by step, lane and bit, so that the lanes of a warp read adjacent ones, padded with zeros to 16 bytes.
+- the non-zeros by step, lane and bit, so that the lanes of a warp read adjacent ones, padded with zeros to 16 bytes; of
+  one byte with the sign flipped, that is, int8 plus 128.
 
 Bitmap tiles in the shape of tensor-core fragments are an idea of SpInfer (Fan et al., EuroSys 2025).
 """
@@ -29,6 +30,7 @@ MASK_BYTES = LANES * BITS // 8
 CHUNK = 1 << 22
 
 _INTEGERS = {1: torch.int8, 2: torch.int16}  # by their bytes
+_FLIPPED = {1: -128, 2: 0}  # bits of a stored value
 
 
 def tiles_of(rows: int, columns: int) -> tuple[int, int]:
@@ -138,7 +140,7 @@ def _write(records: Tensor, starts: Tensor, tiles: Tensor) -> None:
     _place(records.view(torch.int16), begins * (UNIT // 2) + MASK_BYTES // 2, steps)
     values = records.view(_INTEGERS[size]).view(-1)
     at = (begins * UNIT + head_bytes(size)) // size + ranks.transpose(1, 2).reshape(-1, TILE)
-    values[at[kept.view(-1, TILE)]] = tiles[tiles != 0]
+    values[at[kept.view(-1, TILE)]] = tiles[tiles != 0] ^ _FLIPPED[size]
 
 
 def _place(integers: Tensor, begins: Tensor, values: Tensor) -> None:
@@ -155,4 +157,4 @@ def _read(records: Tensor, starts: Tensor, size: int) -> Tensor:
     ranks = _ranks(kept, steps_of(size)).transpose(1, 2).reshape(-1, TILE)
     at = (begins * UNIT + head_bytes(size)) // size + ranks
     kept = kept.view(-1, TILE)
-    return torch.where(kept, values[torch.where(kept, at, 0)], 0)
+    return torch.where(kept, values[torch.where(kept, at, 0)] ^ _FLIPPED[size], 0)

@@ -19,11 +19,6 @@ DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"
 // Waits until at most so many groups of this thread's copies, the latest ones, are under way.
 template <int groups> DEVICE void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory"); }
 
-DEVICE u32 load8(u32 from) {
-    u32 value;
-    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(value) : "r"(from));
-    return value;
-}
 DEVICE u32 load16(u32 from) {
     u16 value;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(from));

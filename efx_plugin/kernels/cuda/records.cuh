@@ -41,15 +41,18 @@ struct Stream {
 
 // int8 weights are expanded to this part of their value, which both dtypes hold exactly.
 constexpr float kParts = 64;
+constexpr u32 kZeros = 0x80808080;  // four bytes: 128 + weight
 
 // The weights of a lane in a record in shared memory, expanded in pairs.
 struct Weights {
     u32 mask;
     u32 record;  // its address
-    u32 place;   // where the next non-zero is, in bytes from there
 
 #if EFX_INT8
-    u32 places[2];  // where the non-zeros of two steps begin for this lane, in 16 bits each
+    u32 places[2];  // where the non-zeros of two steps begin for this lane, in bytes from there, in 16 bits each
+    u32 spreading;  // how bytes are spread over four bits, the lowest ones of the lane
+    u32 four;       // weights, with the zeros, a byte each
+    u32 later;      // bytes of the weights that come next
 
     DEVICE Weights(u32 record, u32 lane) : mask(load32(record + 4 * lane)), record(record) {
         // How many bits each step has, in 8 bits each.
@@ -61,23 +64,40 @@ struct Weights {
         below -= counts;
         places[0] = load32(record + kMaskBytes) + permute(below, 0, 0x4140);
         places[1] = load32(record + kMaskBytes + 4) + permute(below, 0, 0x4342);
+        // The selector for `permute`: of its first operand the next byte for a bit that is set, else one of the second.
+        // In the upper half, how many bits are taken of the first. It is the same for all records.
+        u32 count = 0;
+        spreading = 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const u32 is_set = lane >> i & 1;
+            spreading |= (is_set ? count : 4) << 4 * i;
+            count += is_set;
+        }
+        spreading |= 8 * count << 16;
     }
 
-    // The weights of bits i and i + 1; for even i, in rising order.
+    // The weights of bits i and i + 1; for even i, in rising order, by all lanes together.
     DEVICE u32 pair(int i) {
-        if (i % 16 == 0) place = places[i / 16] & 0xFFFF;
-        if (i % 16 == 8) place = places[i / 16] >> 16;
-        u32 both = 0;
-        if (mask >> i & 1) both = load8(record + place), place++;
-        if (mask >> (i + 1) & 1) both = permute(both, load8(record + place), 0x5410), place++;
-        // With its sign flipped a byte is 128 + weight.
-#if EFX_FP16  // In the low bits of 1024 it is 1024 + 128 + weight; / 64 - 18.
-        return multiply_add(both ^ 0x64806480, 0x24002400, 0xCC80CC80);
+        if (i % 8 == 0) {
+            const u32 place = record + (i % 16 == 0 ? places[i / 16] & 0xFFFF : places[i / 16] >> 16);
+            const u32 word = place & ~3u, middle = load32(word + 4);
+            const u32 first = __funnelshift_r(load32(word), middle, 8 * place);
+            const u32 second = __funnelshift_r(middle, load32(word + 8), 8 * place);
+            const u32 spread = __shfl_sync(0xFFFFFFFF, spreading, mask >> i);
+            four = permute(first, kZeros, spread);
+            later = __funnelshift_rc(first, second, spread >> 16);
+        }
+        if (i % 8 == 4) four = permute(later, kZeros, __shfl_sync(0xFFFFFFFF, spreading, mask >> i));
+        const u32 selector = i % 4 == 0 ? 0x4140 : 0x4342;
+#if EFX_FP16  // In the low bits of 1024 a byte is 1024 + 128 + weight; / 64 - 18.
+        return multiply_add(permute(four, 0x64646464, selector), 0x24002400, 0xCC80CC80);
 #else  // As a bfloat16, of which the smallest 256 are their bits x 2^-133, it is (128 + weight) 2^-133; x 2^127 - 2.
-        return multiply_add(both ^ 0x00800080, 0x7F007F00, 0xC000C000);
+        return multiply_add(permute(four, 0, selector), 0x7F007F00, 0xC000C000);
 #endif
     }
 #else
+    u32 place;      // where the next non-zero is, in bytes from there
     u32 places[4];  // where the non-zeros of two steps begin for this lane, in 16 bits each
 
     DEVICE Weights(u32 record, u32 lane) : mask(load32(record + 4 * lane)), record(record) {

@@ -174,11 +174,15 @@ template <class Value> inline Value __ldg(const Value* from) {
 }
 inline void __syncwarp() { machine::meet_warp(); }
 inline void __syncthreads() { machine::meet_block(); }
-inline u32 __shfl_sync(u32, u32 value, int lane) {
+inline u32 __shfl_sync(u32, u32 value, u32 lane) {
     machine::Shown mine = {};
     mine.value = value;
-    return machine::exchange(mine)[lane].value;
+    return machine::exchange(mine)[lane % 32].value;
 }
+inline u32 __funnelshift_rc(u32 low, u32 high, u32 bits) {
+    return ((u64)high << 32 | low) >> (bits < 32 ? bits : 32);
+}
+inline u32 __funnelshift_r(u32 low, u32 high, u32 bits) { return __funnelshift_rc(low, high, bits % 32); }
 
 inline u32 shared_memory() { return 0; }
 inline void copy16(u32 to, const void* from) {
@@ -200,7 +204,6 @@ template <class Value> inline Value load(u32 from) {
     std::memcpy(&value, machine::at(from, sizeof value), sizeof value);
     return value;
 }
-inline u32 load8(u32 from) { return load<u8>(from); }
 inline u32 load16(u32 from) { return load<u16>(from); }
 inline u32 load32(u32 from) { return load<u32>(from); }
 inline uint4 load128(u32 from) { return load<uint4>(from); }

@@ -29,7 +29,8 @@ def read_record(record: bytes, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
             for bit in range(bits * step, bits * step + bits):
                 if masks[lane] >> bit & 1:
                     g, t, s, h, r, e = lane // 4, lane % 4, bit // 8, bit // 4 % 2, bit // 2 % 2, bit % 2
-                    value = numbers[at : at + dtype.itemsize].view(dtype)
+                    value = numbers[at : at + dtype.itemsize]
+                    value = value.short().sub(128) if dtype == torch.int8 else value.view(dtype)
                     tile[g + 8 * r, 16 * t + 4 * s + 2 * h + e] = value[0]
                     at += dtype.itemsize
     return tile, at
