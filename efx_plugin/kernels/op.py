@@ -48,7 +48,7 @@ def pack(
         scales: float32 [out]; row o of the weight is scales[o] times its int8 values.
         dtype: of activations and result; for a floating-point weight its own, which is the default.
         quantize_activations: for int8 weights: activations are quantized too, each row x to round(x / s) with
-            s = max |x| / 127.
+            s = max |x| / 127; the kernel for GPUs leaves them as they are, and warns.
 
     Raises:
         EfxError: the arguments do not fit together, or EFX_KERNEL asks for what is not there.

@@ -40,7 +40,8 @@ class Kernel(Protocol):
         Args:
             weight: [out, in], floating point or int8.
             scales: float32 [out] of an int8 weight, else None.
-            quantize_activations: `linear` quantizes activations to int8 by row; for int8 weights only.
+            quantize_activations: `linear` quantizes activations to int8 by row; for int8 weights only. A kernel that
+                computes with more exact activations warns.
         """
 
     def linear(self, x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
