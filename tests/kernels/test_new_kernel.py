@@ -32,7 +32,6 @@ class CoordinateKernel:
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    monkeypatch.delenv("EFX_KERNEL", raising=False)
     monkeypatch.setattr(registry, "KERNELS", (CoordinateKernel(), *registry.KERNELS))
 
 

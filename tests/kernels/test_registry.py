@@ -12,11 +12,6 @@ SUPPORTED = [kernel.name for kernel in native.KERNELS if kernel.is_supported]
 needs_library = pytest.mark.skipif(not SUPPORTED, reason="the kernels are not compiled")
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_forced(monkeypatch):
-    monkeypatch.delenv("EFX_KERNEL", raising=False)
-
-
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_the_library_is_there_where_a_compiler_is():
     assert SUPPORTED, "g++ is there, so `pip install --editable .` should have built the kernels"
