@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from integration.benchmarks import decode_gpu, kernels_gpu
+from integration.benchmarks import decode_gpu, kernels_gpu, kernels_gpu_report
 from tests.support.fake_gpu import FakeGpu
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
@@ -56,9 +56,9 @@ def test_what_is_right_comes_first_and_everything_is_measured():
     few = {f"{size} at {part}, few tokens" for size in ("1B", "8B", "70B") for part in ("40%", "50%", "60%", "50% 2:4")}
     many = {f"{size} at 50%, many tokens" for size in ("1B", "8B", "70B")}
     few_int8 = "8B at 50% int8, few tokens"
-    assert few | many | {few_int8, "model", "crossover", "copy bandwidth"} < set(names)
+    assert few | many | {few_int8, "model", "crossovers", "copy bandwidth"} < set(names)
     assert [2**i for i in range(14)] == kernels_gpu.FEW + kernels_gpu.MANY
-    assert len(kernels_gpu.CHECKED) * 2 == 32
+    assert len(kernels_gpu.CHECKED) * 2 >= 32
 
 
 class Clock:
@@ -111,7 +111,10 @@ def test_a_step_that_fails_does_not_keep_others_from_running(capsys):
 def test_a_right_kernel_is_found_right(gpu, monkeypatch):
     monkeypatch.setattr(kernels_gpu, "CHECKED", [(40, 72, 5), (50, 70, 64), (33, 70, 100)])
     records = list(kernels_gpu.correctness())
-    assert len(records) == 12 and all(record["right"] for record in records)
+    assert all(record["right"] for record in records)
+    ways = {tokens: {record["path"] for record in records if record["m"] == tokens} for tokens in (5, 64, 100)}
+    assert ways[5] == ways[64] == {"multiply", *kernels_gpu_report.PATHS}
+    assert ways[100] == {"multiply", *kernels_gpu_report.PATHS[1:]}
     assert {(record["dtype"], record["weights"]) for record in records} == {
         (dtype, weights) for dtype in ("bfloat16", "float16") for weights in (dtype, "int8")
     }
@@ -124,7 +127,8 @@ def test_a_wrong_kernel_is_found_wrong(gpu, monkeypatch, tokens):
 
     def forgets_one(function, how, arguments):
         compute(function, how, arguments)
-        arguments[5 if how.symbol == "efx_decode" else 3][0, -1] = float("nan")
+        result = 3 if how.symbol == "efx_expand" else 5
+        arguments[result][0, -1] = float("nan")
 
     monkeypatch.setattr(gpu, "compute", forgets_one)
     assert not any(record["right"] for record in kernels_gpu.correctness())
@@ -152,6 +156,7 @@ def test_a_measurement_says_what_it_measured(gpu, monkeypatch):
 
 def made_up(run: str = "2026-01-01 00:00:00") -> list[dict]:
     records = [{"what": "copy", "gb_per_s": 2000.0}, {"what": "correctness", "right": True, "error": 1e-3}]
+    records.append({"what": "machine", "capability": [9, 0]})
     kinds = [*((*structure, "bfloat16") for structure in kernels_gpu.STRUCTURES), (0.5, "unstructured", "int8")]
     for (n, k), (sparsity, structure, weights), m in [
         ((n, k), kind, m) for n, k in kernels_gpu.SHAPES["8B"] for kind in kinds for m in (1, 8, 64, 512, 8192)
@@ -162,8 +167,8 @@ def made_up(run: str = "2026-01-01 00:00:00") -> list[dict]:
             | {"structure": structure, "weights": weights}
             | figures
         )
-    for path, slope, offset in (("multiply_records", 2, 0), ("multiply_panels", 1, 20)):
-        for m in (8, 16, 32, 64):
+    for path, slope, offset in (("multiply_records", 4, 0), ("multiply_gemm", 2, 40), ("multiply_panels", 1, 200)):
+        for m in (8, 16, 32, 64, 128, 256)[: 4 if path == "multiply_records" else 6]:
             figures = {"sparse_us": float(slope * m + offset), "n": 4096, "k": 4096, "m": m}
             records.append({"what": "linear", "path": path} | figures)
     for form, speed, size in (("dense", 100.0, 16), ("sparse", 140.0, 10)):
@@ -186,8 +191,9 @@ def test_tables_and_picture_show_the_last_run(tmp_path, capsys):
     assert ["weight", "shape", "bytes", "M=1", "M=8", "M=64", "M=512", "M=8192", "±", "of", "copy"] in lines
     assert ["50%", "2:4", "4096x4096", "0.576", "0.60", "0.60", "0.61", "0.66", "1.60", "0.01", "0.80"] in lines
     assert ["50%", "int8", "4096x4096", "0.576", "0.60", "0.60", "0.61", "0.66", "1.60", "0.01", "0.80"] in lines
-    assert ["4096x4096", "16.0", "/", "28.0", "32.0", "/", "36.0", "64.0", "/", "52.0", "128.0", "/", "84.0"] in lines
-    assert "from the records up to M=16" in result.stdout
+    row = "4096x4096 32.0 / 56.0 / 208.0 64.0 / 72.0 / 216.0 128.0 / 104.0 / 232.0 256.0 / 168.0 / 264.0"
+    assert f"{row} / 296.0 / 328.0 / 552.0 / 456.0".split() in lines
+    assert "MEASURED in variants.py: (9, 0): Crossovers(decode=16, gemm=128)" in result.stdout
     assert ["8", "100.0", "140.0", "1.40", "0.625", "0.571"] in lines
     assert "left out: " in result.stdout
     assert (tmp_path / "kernels_gpu.png").read_bytes().startswith(b"\x89PNG")

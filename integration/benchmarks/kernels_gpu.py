@@ -36,6 +36,7 @@ if find_spec("wrapt") is None:  # which the package needs for its hooks into oth
 
 from efx_plugin.kernels.cuda import program  # noqa: E402
 from efx_plugin.kernels.cuda.kernel import KERNEL, loaded, prepared  # noqa: E402
+from efx_plugin.kernels.cuda.variants import MOST_TOKENS_DECODED  # noqa: E402
 from integration.benchmarks import kernels_gpu_report as report  # noqa: E402
 from integration.benchmarks.timing import OUTPUT, interleave, ratio, ratios, spread, write_json  # noqa: E402
 
@@ -60,7 +61,7 @@ DEVICE = "cuda"
 CHECKED = [
     *[(16, 64, 1), (1, 1, 1), (40, 72, 5), (1000, 1096, 8), (4096, 4096, 1), (512, 4096, 9), (513, 4096, 16)],
     *[(272, 14336, 31), (528, 2048, 33), (1040, 2048, 64), (50, 70, 3), (128, 1 << 16, 7)],
-    *[(4096, 4096, 65), (3000, 8192, 130), (4096, 14336, 300), (33, 70, 1000)],
+    *[(4096, 4096, 65), (3000, 8192, 130), (4096, 14336, 300), (33, 70, 1000), (1000, 4096, 96), (20000, 1024, 200)],
 ]
 
 
@@ -84,10 +85,10 @@ class Step:
 
 def plan() -> list[Step]:
     """All steps, the most important first."""
-    steps = [Step("correctness", 45, correctness), Step("copy bandwidth", 2, copy_bandwidth)]
+    steps = [Step("correctness", 60, correctness), Step("copy bandwidth", 2, copy_bandwidth)]
     first, *others = STRUCTURES
     steps.append(decode_step("8B", first))
-    steps += [many_step("8B", 20), Step("crossover", 10, crossover)]
+    steps += [many_step("8B", 20), Step("crossovers", 40, crossovers)]
     steps += [decode_step("8B", first, "int8"), Step("model", 75, model)]
     steps += [decode_step(size, first) for size in ("70B", "1B")]
     steps += [decode_step(size, structure) for size, structure in itertools.product(("8B", "70B", "1B"), others)]
@@ -144,29 +145,33 @@ def correctness() -> Iterator[dict]:
         bias = normal(1, rows, seed=index)[0].to(dtype) if index % 2 else None
         packed = KERNEL.pack(weight, scales, False)
         functions = loaded(weight.device, dtype, is_int8=is_int8)
-        with functions.buffer.borrowed(torch.cuda.current_stream(), dtype) as buffer:
-            buffer.fill_(math.nan)
-        y = torch.full((tokens + 1, rows), math.nan, dtype=dtype, device=DEVICE)
-        functions.multiply(prepared(x), *packed[:2], scales, bias, y[:tokens])
         value = weight.double() if scales is None else weight.double() * scales.double()[:, None]
         exact = x.double() @ value.T + (0 if bias is None else bias.double())
-        error = ((y[:tokens].double() - exact).norm() / exact.norm()).item()
-        yield {
-            "what": "correctness",
-            "n": rows,
-            "k": columns,
-            "m": tokens,
-            "dtype": str(dtype).removeprefix("torch."),
-            "weights": str(weight.dtype).removeprefix("torch."),
-            "error": error,
-            "right": bool(
-                error < TOLERANCE  # false for NaN
-                and y[tokens:].isnan().all()  # nothing is written beyond the output
-                and all(map(same, KERNEL.unpack(packed), (weight, scales)))
-                and torch.equal(KERNEL.linear(x, packed, bias, rows), y[:tokens])
-                and is_batch_invariant(x[:1], packed, bias, rows)
-            ),
-        }
+        is_kept = all(map(same, KERNEL.unpack(packed), (weight, scales)))
+        is_invariant = is_batch_invariant(x[:1], packed, bias, rows)
+        for path in ("multiply", *report.PATHS[0 if tokens <= MOST_TOKENS_DECODED else 1 :]):
+            with functions.buffer.borrowed(torch.cuda.current_stream(), dtype) as buffer:
+                buffer.fill_(math.nan)
+            y = torch.full((tokens + 1, rows), math.nan, dtype=dtype, device=DEVICE)
+            getattr(functions, path)(prepared(x), *packed[:2], scales, bias, y[:tokens])
+            error = ((y[:tokens].double() - exact).norm() / exact.norm()).item()
+            yield {
+                "what": "correctness",
+                "path": path,
+                "n": rows,
+                "k": columns,
+                "m": tokens,
+                "dtype": str(dtype).removeprefix("torch."),
+                "weights": str(weight.dtype).removeprefix("torch."),
+                "error": error,
+                "right": bool(
+                    error < TOLERANCE  # false for NaN
+                    and y[tokens:].isnan().all()  # nothing is written beyond the output
+                    and (path != "multiply" or torch.equal(KERNEL.linear(x, packed, bias, rows), y[:tokens]))
+                    and is_kept
+                    and is_invariant
+                ),
+            }
 
 
 def same(one: Tensor | None, other: Tensor | None) -> bool:
@@ -264,10 +269,12 @@ def measure(case: Case, tokens: list[int], paths: tuple[str, ...] = ("multiply",
         }
 
 
-def crossover() -> Iterator[dict]:
-    """From the records and by panels, where one of the two takes the lead."""
+def crossovers() -> Iterator[dict]:
+    """All ways to multiply, where one of them takes the lead."""
     for n, k in SHAPES["8B"]:
-        yield from measure(Case(n, k, 0.5, "unstructured"), [8, 16, 32, 64], ("multiply_records", "multiply_panels"))
+        case = Case(n, k, 0.5, "unstructured")
+        yield from measure(case, [16, 32, 64], report.PATHS)
+        yield from measure(case, [96, 128, 192, 256, 512, 1024, 2048], report.PATHS[1:])
 
 
 def model() -> Iterator[dict]:

@@ -4,8 +4,12 @@ from collections.abc import Callable, Hashable
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 Records = list[dict]
+
+# Ways to multiply, by methods of `Loaded` in the kernel; the first is for few tokens.
+PATHS = ("multiply_records", "multiply_gemm", "multiply_panels")
 
 
 def last_run(records: Records) -> Records:
@@ -41,7 +45,7 @@ def print_tables(records: Records) -> None:
         _print_columns(rows)
         print("time, bytes: packed / dense in bfloat16. ±: interquartile range of the ratios, median over M.")
         print("of copy: packed bytes read per second at M=1 / bytes that a copy reads and writes.")
-    _print_crossover([record for record in records if record["what"] == "linear" and record["path"] != "multiply"])
+    _print_crossovers(records)
     _print_model([record for record in records if record["what"] == "model"])
     for record in records:
         if record["what"] in ("left out", "failed"):
@@ -91,33 +95,53 @@ def label(record: dict) -> str:
     return f"{record['sparsity']:.0%}{structure}{weights}"
 
 
-def crossover(records: Records) -> int | None:
-    """Up to how many tokens the product from the records takes no longer than the one by panels, median over shapes."""
-    best = None
+class Crossovers(NamedTuple):
+    """As in the kernel's variants.py."""
+
+    decode: int
+    gemm: int
+
+
+def crossovers(records: Records) -> Crossovers:
+    """Up to how many tokens the first way to multiply, and beyond these the second, is to be used; 0 is not at all.
+
+    Each takes no longer than any way after it, in the median over the shapes.
+    """
+    first = second = 0
     for m, here in sorted(_by(records, lambda record: record["m"])):
         times = {
             path: {(record["n"], record["k"]): record["sparse_us"] for record in of_path}
             for path, of_path in _by(here, lambda record: record["path"])
         }
-        direct, panels = times.get("multiply_records", {}), times.get("multiply_panels", {})
-        shared = direct.keys() & panels.keys()
-        if shared and median(direct[shape] / panels[shape] for shape in shared) <= 1:
-            best = m
-    return best
+        few, many, panels = (times.get(path, {}) for path in PATHS)
+        if _is_faster(few, many) and _is_faster(few, panels):
+            first = m
+        if _is_faster(many, panels):
+            second = m
+    return Crossovers(first, max(first, second))
 
 
-def _print_crossover(records: Records) -> None:
-    if not records:
+def _is_faster(ones: dict, others: dict) -> bool:
+    """Whether the first of two kinds of times by shape, of which both have some, are no longer, in the median."""
+    shared = ones.keys() & others.keys()
+    return bool(shared) and median(ones[shape] / others[shape] for shape in shared) <= 1
+
+
+def _print_crossovers(records: Records) -> None:
+    compared = [record for record in records if record["what"] == "linear" and record["path"] in PATHS]
+    if not compared:
         return
-    print("\nmicroseconds from the records / by panels")
-    tokens = sorted({record["m"] for record in records})
+    print("\nmicroseconds from the records, for few tokens / for many / by panels")
+    tokens = sorted({record["m"] for record in compared})
     rows = [["shape", *(f"M={m}" for m in tokens)]]
-    for (n, k), here in _by(records, lambda record: (record["n"], record["k"])):
+    for (n, k), here in _by(compared, lambda record: (record["n"], record["k"])):
         times = {(record["path"], record["m"]): f"{record['sparse_us']:.1f}" for record in here}
-        cells = [f"{times.get(('multiply_records', m), '')} / {times.get(('multiply_panels', m), '')}" for m in tokens]
+        cells = [" / ".join(times.get((path, m), "") for path in PATHS) for m in tokens]
         rows.append([f"{n}x{k}", *cells])
     _print_columns(rows)
-    print(f"from the records up to M={crossover(records)}")
+    capability = next((record["capability"] for record in records if record["what"] == "machine"), None)
+    key = f"({', '.join(map(str, capability))})" if capability else "this device"
+    print(f"MEASURED in variants.py: {key}: {crossovers(compared)}")
 
 
 def _print_model(records: Records) -> None:

@@ -47,6 +47,7 @@ class FakeGpu:
 
     Attributes:
         capability: its compute capability.
+        multi_processor_count, shared_memory_per_multiprocessor: more of its properties.
         stream: the current one.
         is_capturing: whether it is being captured.
         compiled: macros of each compilation.
@@ -57,6 +58,7 @@ class FakeGpu:
 
     def __init__(self) -> None:
         self.capability = (9, 0)
+        self.multi_processor_count, self.shared_memory_per_multiprocessor = 132, 228 << 10
         self.stream = Stream(0xABC, self)
         self.is_capturing = False
         self.compiled: list[dict[str, int]] = []
@@ -66,11 +68,12 @@ class FakeGpu:
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         """Let the kernel find this device in the place of the CPU."""
-        patch.setattr(variants, "source", lambda: "")
         patch.setattr(program, "cached_cubin", self._compile)
         patch.setattr(kernel, "Function", lambda *arguments: Function(self, *arguments))
+        others_properties = torch.cuda.get_device_properties  # torch.compile looks at the device that there is
         for name, value in {
             "get_device_capability": lambda device: self.capability,
+            "get_device_properties": lambda device=None: self if device else others_properties(),
             "current_device": lambda: None,  # the index of torch.device("cpu")
             "current_stream": lambda device=None: self.stream,
             "is_current_stream_capturing": lambda: self.is_capturing,
@@ -82,12 +85,13 @@ class FakeGpu:
 
     def compute(self, function: "Function", how: Launched, arguments: Sequence[Tensor | int | None]) -> None:
         """What a launch does."""
-        {"efx_decode": _decode, "efx_expand": _expand}[how.symbol](*arguments)
+        kernels = {"efx_decode": _decode, "efx_expand": _expand, "efx_gemm": _gemm, "efx_reduce": _reduce}
+        kernels[how.symbol](*arguments)
 
     def _compile(self, source: str, name: str, defines: dict[str, int], arch: str) -> bytes:
         assert arch == "sm_{}{}".format(*self.capability)
         self.compiled.append(defines)
-        return json.dumps(defines).encode()
+        return json.dumps([name, defines]).encode()
 
 
 class Function:
@@ -96,7 +100,9 @@ class Function:
     def __init__(self, gpu: FakeGpu, cubin: bytes, symbol: str, shared_bytes: int, device: int | None) -> None:
         gpu.loaded.append((symbol, shared_bytes))
         self.gpu, self.symbol, self.allowed = gpu, symbol, shared_bytes
-        self.defines: dict[str, int] = json.loads(cubin)
+        self.file: str
+        self.defines: dict[str, int]
+        self.file, self.defines = json.loads(cubin)
 
     def launch(
         self, grid: int, block: int, shared_bytes: int, stream: int, arguments: Sequence[Tensor | int | None]
@@ -125,6 +131,41 @@ def _decode(
     assert columns % layout.TILE_COLUMNS == 0 and 1 <= tokens <= variants.MOST_TOKENS_DECODED
     exact = x.double() @ _weight(starts, records, scales, rows, columns, x.dtype).double().T
     y.copy_(exact if bias is None else exact + bias.double())
+
+
+def _gemm(
+    x: Tensor,
+    starts: Tensor,
+    records: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    tokens: int,
+    rows: int,
+    columns: int,
+    splits: int,
+) -> None:
+    """With several splits `out` gets the whole sums first, and zeros for the other splits."""
+    _expect(x, (tokens, columns))
+    assert columns % layout.TILE_COLUMNS == 0 and 1 <= splits <= columns // layout.TILE_COLUMNS
+    exact = x.double() @ _weight(starts, records, scales, rows, columns, x.dtype).double().T
+    if splits == 1:
+        _expect(out, (tokens, rows))
+        out.copy_(exact if bias is None else exact + bias.double())
+        return
+    assert out.dtype == torch.float32 and out.data_ptr() % 16 == 0
+    sums = out[: splits * tokens * rows].view(splits, tokens, rows)
+    sums.zero_()
+    sums[0] = exact
+
+
+def _reduce(
+    partial: Tensor, scales: Tensor | None, bias: Tensor | None, y: Tensor, tokens: int, rows: int, splits: int
+) -> None:
+    _expect(y, (tokens, rows))
+    assert scales is None or scales.shape == (rows,)
+    sums = partial[: splits * tokens * rows].view(splits, tokens, rows).sum(0)
+    y.copy_(sums if bias is None else sums + bias.float())
 
 
 def _expand(

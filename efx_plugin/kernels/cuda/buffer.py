@@ -1,4 +1,6 @@
-"""The memory on a device that weights are expanded into, panel by panel. All products of the device share it."""
+"""The memory on a device that weights are expanded into, panel by panel, or that holds the partial sums of `gemm`. All
+products of the device share it.
+"""
 
 import threading
 from collections.abc import Iterator

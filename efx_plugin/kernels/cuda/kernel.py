@@ -1,7 +1,8 @@
 """The kernel `cuda`: sparse linear layers on NVIDIA GPUs from Ampere on.
 
-Up to a number of tokens (`variants.crossover`) the product is computed straight from the records. Beyond it panels of
-rows are expanded, one after the other, into one buffer that stays in the L2 cache, and multiplied by cuBLAS.
+Up to a number of tokens (`variants.crossovers`) the product is computed straight from the records, by a kernel for few
+tokens or by one for many. Beyond it panels of rows are expanded, one after the other, into one buffer that stays in the
+L2 cache, and multiplied by cuBLAS.
 
 int8 weights meet activations of 16 bits (W8A16), also where the model quantizes them (W8A8), which would save nothing
 here: results are nearer to those of the unquantized model, and a warning says so.
@@ -19,7 +20,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from efx_plugin.kernels.cuda import layout, program, variants
+from efx_plugin.kernels.cuda import gemm, layout, program, variants
 from efx_plugin.kernels.cuda.buffer import panel_buffer
 from efx_plugin.kernels.cuda.driver import Function
 from efx_plugin.kernels.cuda.variants import Launch, Variant
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 class CudaKernel:
     name = "cuda"
-    summary = "non-zeros expanded in registers, tensor cores; beyond 64 tokens expanded in the L2 cache, cuBLAS"
+    summary = "non-zeros expanded in registers, tensor cores; for the largest batches in the L2 cache, cuBLAS"
     device = "cuda"
 
     def obstacle(self, weight: Tensor, dtype: torch.dtype, scales: Tensor | None) -> str | None:
@@ -127,18 +128,28 @@ class Loaded:
         capability = torch.cuda.get_device_capability(device)
         arch = program.architecture(capability)
         assert arch is not None, "the kernel's obstacle was not asked for"
-        source = variants.source()
 
-        def load(variant: Variant) -> Function:
-            cubin = program.cached_cubin(source, "sparse_linear.cu", dict(variant.defines), arch)
-            shared_bytes = variants.launch(variant, layout.TILE_ROWS, layout.TILE_COLUMNS).shared_bytes
+        def load(variant: Variant, shared_bytes: int) -> Function:
+            source = variants.source(*variant.files)
+            cubin = program.cached_cubin(source, variant.file, dict(variant.defines), arch)
             return Function(cubin, variant.symbol, shared_bytes, device.index)
 
+        def load_first(variant: Variant) -> Function:
+            return load(variant, variants.launch(variant, layout.TILE_ROWS, layout.TILE_COLUMNS).shared_bytes)
+
+        def load_gemm(variant: Variant) -> Function:
+            return load(variant, gemm.shared_bytes(variant))
+
         self._device = device
-        self._crossover = variants.crossover(capability)
-        self._decode = [(variant, load(variant)) for variant in variants.decode_variants(dtype, is_int8)]
+        self._crossovers = variants.crossovers(capability)
+        self._decode = [(variant, load_first(variant)) for variant in variants.decode_variants(dtype, is_int8)]
         self._expand_variant = variants.expand_variant(dtype, is_int8)
-        self._expand = load(self._expand_variant)
+        self._expand = load_first(self._expand_variant)
+        self._gemm_variants = gemm.gemm_variants(dtype, is_int8)
+        self._gemm = {one: load_gemm(one) for one in self._gemm_variants}
+        self._reduce = {one: load_gemm(gemm.reduce_variant(one)) for one in self._gemm_variants}
+        properties = torch.cuda.get_device_properties(device)
+        self._gemm_blocks = gemm.blocks_at_once(self._gemm_variants, properties)
         self.buffer = panel_buffer(device)
 
     def multiply(
@@ -152,8 +163,11 @@ class Loaded:
             bias: contiguous.
             y: contiguous.
         """
-        if x.shape[0] <= self._crossover:
+        tokens = x.shape[0]
+        if tokens <= self._crossovers.decode:
             self.multiply_records(x, starts, records, scales, bias, y)
+        elif tokens <= self._crossovers.gemm:
+            self.multiply_gemm(x, starts, records, scales, bias, y)
         else:
             self.multiply_panels(x, starts, records, scales, bias, y)
 
@@ -167,6 +181,22 @@ class Loaded:
         stream = torch.cuda.current_stream(self._device).cuda_stream
         arguments = (x, starts, records, scales, bias, y, tokens, rows, columns)
         function.launch(how.grid, how.block, how.shared_bytes, stream, arguments)
+
+    def multiply_gemm(
+        self, x: Tensor, starts: Tensor, records: Tensor, scales: Tensor | None, bias: Tensor | None, y: Tensor
+    ) -> None:
+        """`multiply` straight from the records, for many tokens."""
+        (tokens, columns), rows = x.shape, y.shape[1]
+        plan = gemm.plan(self._gemm_variants, tokens, rows, columns, self._gemm_blocks)
+        function, sizes = self._gemm[plan.variant], (tokens, rows, columns, plan.splits)
+        stream = torch.cuda.current_stream(self._device)
+        if plan.reduce is None:
+            function.launch(*plan.gemm, stream.cuda_stream, (x, starts, records, scales, bias, y, *sizes))
+            return
+        with self.buffer.borrowed(stream, torch.float32) as partial:
+            function.launch(*plan.gemm, stream.cuda_stream, (x, starts, records, scales, bias, partial, *sizes))
+            arguments = (partial, scales, bias, y, tokens, rows, plan.splits)
+            self._reduce[plan.variant].launch(*plan.reduce, stream.cuda_stream, arguments)
 
     def multiply_panels(
         self, x: Tensor, starts: Tensor, records: Tensor, scales: Tensor | None, bias: Tensor | None, y: Tensor

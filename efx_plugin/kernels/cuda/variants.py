@@ -1,4 +1,5 @@
 """What is compiled from sparse_linear.cu, and how it is launched: macros, symbols, grids, shared memory and arguments.
+`gemm` has those of gemm.cu.
 
 Two kernels work on the records of `layout`. Both take whole tiles of 64 columns: where a weight has others, the caller
 pads the activations with columns of zeros up to it, and so the rows of `dense`; the records are the same.
@@ -32,6 +33,7 @@ overflow.) Arguments, in this order:
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -43,9 +45,23 @@ MOST_TOKENS_DECODED = 64
 # A weight is expanded by panels of about so many bytes, for the product to read them from the L2 cache.
 PANEL_BYTES = 16 << 20
 
-# Up to how many tokens `decode` is faster than `expand` and a dense product, by compute capability; measured.
-CROSSOVER: dict[tuple[int, int], int] = {}
-DEFAULT_CROSSOVER = 64
+
+class Crossovers(NamedTuple):
+    """Up to how many tokens `decode`, and beyond these `gemm`, is to be used; then `expand` and a dense product."""
+
+    decode: int
+    gemm: int
+
+
+# Where the next of them becomes the faster one, by compute capability: measured, else by a reckoning (see gemm.py).
+MEASURED: dict[tuple[int, int], Crossovers] = {}
+RECKONED = {
+    (8, 0): Crossovers(64, 2048),
+    (8, 6): Crossovers(64, 2048),
+    (9, 0): Crossovers(64, 512),
+    (10, 0): Crossovers(64, 192),
+    (12, 0): Crossovers(64, 2048),
+}
 
 _WARPS = 8  # of a block; in `decode` each takes its part of the columns
 _STAGES = 4  # records in flight per warp
@@ -64,8 +80,9 @@ class Variant:
         symbol: the kernel's name.
         defines: macros and their values.
         tokens: the most tokens that it takes; 0 for `expand`.
-        row_blocks: blocks of 16 rows that a thread block takes.
+        row_blocks: blocks of 16 rows that a thread block takes, or a warp of `gemm`.
         value_bytes: of a stored weight, 1 or 2.
+        file: the kernel's, in this folder.
     """
 
     symbol: str
@@ -73,10 +90,15 @@ class Variant:
     tokens: int
     row_blocks: int
     value_bytes: int
+    file: str = "sparse_linear.cu"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What is compiled, one after the other."""
+        return "ptx.cuh", "records.cuh", self.file
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """Blocks, threads per block, and bytes of dynamic shared memory per block, all in one dimension."""
 
     grid: int
@@ -85,9 +107,9 @@ class Launch:
 
 
 def source(*names: str) -> str:
-    """The CUDA C++ of all variants, or of some of its files alone; it includes no header."""
+    """The CUDA C++ in files of this folder, one after the other; it includes no header."""
     folder = Path(__file__).parent
-    return "".join((folder / name).read_text() for name in names or ("ptx.cuh", "records.cuh", "sparse_linear.cu"))
+    return "".join((folder / name).read_text() for name in names)
 
 
 def decode_variants(dtype: torch.dtype, is_int8: bool = False) -> tuple[Variant, ...]:
@@ -122,9 +144,10 @@ def panel_rows(columns: int) -> int:
     return max(1, PANEL_BYTES // (2 * columns * TILE_ROWS)) * TILE_ROWS
 
 
-def crossover(capability: tuple[int, int]) -> int:
-    """Up to how many tokens to use `decode` on a device of that compute capability; at most 64."""
-    return CROSSOVER.get(capability, DEFAULT_CROSSOVER)
+def crossovers(capability: tuple[int, int]) -> Crossovers:
+    """Those of a device of that compute capability, 8.0 or later; reckoned ones hold for later capabilities as well."""
+    measured = MEASURED.get(capability)
+    return measured or RECKONED[max(one for one in RECKONED if one <= capability)]
 
 
 def _decode(dtype: torch.dtype, is_int8: bool, token_tiles: int, row_blocks: int) -> Variant:

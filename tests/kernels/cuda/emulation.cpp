@@ -1,5 +1,6 @@
 // Runs the kernels of EFX_SOURCE on a CPU. A thread of a block is a fiber, which runs until it meets others: at a barrier
 // or at an instruction that a warp executes together. What ptx.cuh wraps is computed here as the PTX ISA describes it.
+// EFX_GEMM says which kernels the source has.
 #include <csetjmp>
 #include <cstdint>
 #include <cstring>
@@ -33,6 +34,14 @@ struct Copy {
     u8 bytes[16];
 };
 
+// A thread's access to shared memory. Those of the threads of a warp that are alike in all but thread and address are
+// of one instruction: `before` counts what all of them do before it, `index` the accesses of the thread since then.
+enum Kind { kLoad128, kCopy16, kStore32, kLoad32, kKinds };
+struct Access {
+    int kind, block, thread, before, index;
+    u32 address;
+};
+
 struct Thread {
     ucontext_t start;
     jmp_buf resume;
@@ -40,6 +49,8 @@ struct Thread {
     bool started, done;
     long meetings_of_warp, meetings_of_block;  // that this thread has come to
     std::vector<std::vector<Copy>> copies;     // under way, by groups; the last one is open
+    int groups;                                // of copies, that are closed
+    int before[kKinds], index[kKinds];         // of the last access of a kind
 };
 
 // What a lane shows the others at a meeting of its warp.
@@ -62,6 +73,9 @@ bool at_once;     // asynchronous copies land at once, not as late as they may
 bool descending;  // lanes run in falling order
 long faults;
 jmp_buf scheduler;
+
+bool is_watched;
+std::vector<Access> accesses;
 std::function<void()> kernel;
 
 Thread& self() { return threads[threadIdx.x]; }
@@ -103,7 +117,8 @@ void run_block(int count, size_t shared_bytes) {
     shown[0].assign(count, {}), shown[1].assign(count, {});
     for (Thread& thread : threads) {
         thread.started = thread.done = false;
-        thread.meetings_of_warp = thread.meetings_of_block = 0;
+        thread.meetings_of_warp = thread.meetings_of_block = thread.groups = 0;
+        for (int& before : thread.before) before = -1;
         thread.copies.assign(1, {});
         if (!thread.stack) thread.stack.reset(new u8[kStackBytes]);
         getcontext(&thread.start);
@@ -124,6 +139,13 @@ void run_block(int count, size_t shared_bytes) {
             }
     }
     for (const Thread& thread : threads) faults += !thread.done;  // threads wait for each other for ever
+}
+
+void watch(Kind kind, u32 address, int before) {
+    if (!is_watched) return;
+    int &last = self().before[kind], &index = self().index[kind];
+    index = before == last ? index + 1 : 0, last = before;
+    accesses.push_back({kind, (int)blockIdx.x, (int)threadIdx.x, before, index, address});
 }
 
 // Bytes of shared memory; those outside and those that are not aligned are a fault.
@@ -188,10 +210,11 @@ inline u32 shared_memory() { return 0; }
 inline void copy16(u32 to, const void* from) {
     machine::Copy copy = {to, {}};
     machine::read(copy.bytes, from, 16);
+    machine::watch(machine::kCopy16, to, machine::self().groups);
     if (machine::at_once) machine::land(copy);
     else machine::self().copies.back().push_back(copy);
 }
-inline void commit_copies() { machine::self().copies.emplace_back(); }
+inline void commit_copies() { machine::self().copies.emplace_back(), machine::self().groups++; }
 template <int groups> inline void wait_copies() {
     auto& copies = machine::self().copies;
     while ((int)copies.size() - 1 > groups) {
@@ -205,9 +228,18 @@ template <class Value> inline Value load(u32 from) {
     return value;
 }
 inline u32 load16(u32 from) { return load<u16>(from); }
-inline u32 load32(u32 from) { return load<u32>(from); }
-inline uint4 load128(u32 from) { return load<uint4>(from); }
-inline void store32(u32 to, u32 value) { std::memcpy(machine::at(to, 4), &value, 4); }
+inline u32 load32(u32 from) {
+    machine::watch(machine::kLoad32, from, machine::self().meetings_of_warp);
+    return load<u32>(from);
+}
+inline uint4 load128(u32 from) {
+    machine::watch(machine::kLoad128, from, machine::self().meetings_of_warp);
+    return load<uint4>(from);
+}
+inline void store32(u32 to, u32 value) {
+    machine::watch(machine::kStore32, to, machine::self().meetings_of_warp);
+    std::memcpy(machine::at(to, 4), &value, 4);
+}
 
 inline u32 permute(u32 low, u32 high, u32 selector) {  // "prmt"
     const u64 bytes = (u64)high << 32 | low;
@@ -287,7 +319,7 @@ inline void mma(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 namespace {
 
 struct Call {
-    int grid, block, shared_bytes, at_once, descending;
+    int grid, block, shared_bytes, at_once, descending, is_watched;
     int ranges;  // of global memory that may be read
     machine::Range range[6];
 };
@@ -297,12 +329,31 @@ long launch(const Call& call, std::function<void()> kernel) {
     machine::readable.assign(call.range, call.range + call.ranges);
     machine::at_once = call.at_once, machine::descending = call.descending;
     machine::faults = 0, machine::kernel = kernel;
+    machine::is_watched = call.is_watched, machine::accesses.clear();
     for (blockIdx.x = 0; (int)blockIdx.x < call.grid; blockIdx.x++) machine::run_block(call.block, call.shared_bytes);
     return machine::faults;
 }
 
 }  // namespace
 
+// Those of the last launch, if it was watched, and their number.
+extern "C" const machine::Access* accesses(long* count) {
+    *count = machine::accesses.size();
+    return machine::accesses.data();
+}
+
+#if EFX_GEMM
+extern "C" long emulate_gemm(const Call* call, const u16* x, const u32* starts, const uint4* records,
+                             const float* scales, const u16* bias, void* out, int tokens, int rows, int columns,
+                             int splits) {
+    return launch(*call, [=] { efx_gemm(x, starts, records, scales, bias, out, tokens, rows, columns, splits); });
+}
+
+extern "C" long emulate_reduce(const Call* call, const uint4* partial, const float* scales, const u16* bias, u16* y,
+                               int tokens, int rows, int splits) {
+    return launch(*call, [=] { efx_reduce(partial, scales, bias, y, tokens, rows, splits); });
+}
+#else
 extern "C" long emulate_decode(const Call* call, const u16* x, const u32* starts, const uint4* records,
                                const float* scales, const u16* bias, u16* y, int tokens, int rows, int columns) {
     return launch(*call, [=] { efx_decode(x, starts, records, scales, bias, y, tokens, rows, columns); });
@@ -312,3 +363,4 @@ extern "C" long emulate_expand(const Call* call, const u32* starts, const uint4*
                                u16* dense, int first_row, int rows, int columns) {
     return launch(*call, [=] { efx_expand(starts, records, scales, dense, first_row, rows, columns); });
 }
+#endif

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from efx_plugin.errors import EfxError
 from efx_plugin.kernels import kernel_summary, pack, registry
-from efx_plugin.kernels.cuda import buffer, layout, program, variants
+from efx_plugin.kernels.cuda import buffer, gemm, layout, program, variants
 from efx_plugin.kernels.cuda.kernel import KERNEL, panels
 from tests.support.fake_gpu import FakeGpu, Stream
 
@@ -60,7 +60,7 @@ def linear(x, packed, bias, rows):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("shape", [(48, 64), (33, 24), (50, 30), (1, 1), (200, 7)])
-@pytest.mark.parametrize("tokens", [1, 8, 9, 64, 65, 300])
+@pytest.mark.parametrize("tokens", [1, 8, 9, 64, 65, 300, 513])
 def test_is_the_product_for_any_number_of_tokens(gpu, small_panels, shape, tokens, with_bias, dtype):
     rows, columns = shape
     weight = sparse_weight(rows, columns, dtype)
@@ -69,14 +69,14 @@ def test_is_the_product_for_any_number_of_tokens(gpu, small_panels, shape, token
     y = linear(x, KERNEL.pack(weight, None, False), bias, rows)
     assert y.is_contiguous() and y.dtype == dtype
     torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, bias))
-    expected = "efx_decode" if tokens <= 64 else "efx_expand"
+    expected = "efx_decode" if tokens <= 64 else "efx_gemm" if tokens <= 512 else "efx_expand"
     assert {one.symbol for one in gpu.launched} == {expected}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("shape", [(48, 64), (33, 24), (200, 7)])
-@pytest.mark.parametrize("tokens", [1, 64, 65])
+@pytest.mark.parametrize("tokens", [1, 64, 65, 513])
 def test_rows_of_int8_are_scaled_before_the_bias_is_added(gpu, small_panels, shape, tokens, with_bias, dtype):
     rows, columns = shape
     weight, scales = int8_weight(rows, columns)
@@ -85,7 +85,7 @@ def test_rows_of_int8_are_scaled_before_the_bias_is_added(gpu, small_panels, sha
     bias = torch.randn(rows).to(dtype) if with_bias else None
     y = linear(x, KERNEL.pack(weight, scales, False), bias, rows)
     assert y.is_contiguous() and y.dtype == dtype
-    dense = dense.to(dtype) if tokens > 64 else dense  # as a panel is
+    dense = dense.to(dtype) if tokens > 512 else dense  # as a panel is
     exact = torch.nn.functional.linear(x.double(), dense.double(), None if bias is None else bias.double())
     torch.testing.assert_close(y, exact.to(dtype))
 
@@ -110,7 +110,7 @@ def test_leading_dimensions_are_those_of_torch(gpu, shape):
     assert bool(gpu.launched) == (x.numel() > 0)
 
 
-@pytest.mark.parametrize("tokens", [3, 70])
+@pytest.mark.parametrize("tokens", [3, 70, 600])
 @pytest.mark.parametrize(
     "view",
     [
@@ -177,15 +177,18 @@ class Recorder(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 16, 32, 64, 65, 1000])
+@pytest.mark.parametrize("tokens", [1, 8, 16, 32, 64, 65, 200, 1000])
 @pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("columns", [64, 1024])  # of which the second are split among blocks, for many tokens
 @pytest.mark.parametrize(("dtype", "is_int8"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, True)])
-def test_a_call_compiles_nothing_and_allocates_its_result_alone(gpu, small_panels, tokens, with_bias, dtype, is_int8):
-    packed = KERNEL.pack(*(int8_weight(80, 64) if is_int8 else (sparse_weight(80, 64, dtype), None)), False)
-    x, bias = torch.randn(tokens, 64).to(dtype), torch.randn(80).to(dtype) if with_bias else None
+def test_a_call_compiles_nothing_and_allocates_its_result_alone(gpu, tokens, with_bias, columns, dtype, is_int8):
+    packed = KERNEL.pack(*(int8_weight(80, columns) if is_int8 else (sparse_weight(80, columns, dtype), None)), False)
+    x, bias = torch.randn(tokens, columns).to(dtype), torch.randn(80).to(dtype) if with_bias else None
     compiled, loaded = len(gpu.compiled), len(gpu.loaded)
-    # Four numbers of tokens, and the expansion; for int8 with activations of either dtype.
-    assert compiled == loaded == (10 if is_int8 else 5)
+    # Four numbers of tokens, the expansion, and two sizes for many tokens, with what adds their sums; for int8 with
+    # activations of either dtype.
+    assert compiled == loaded == (18 if is_int8 else 9)
+    gpu.is_capturing = True
     with Recorder() as recorder:
         linear(x, packed, bias, 80)
     assert recorder.allocated == [(tokens, 80)]
@@ -198,9 +201,9 @@ def test_a_call_compiles_nothing_and_allocates_its_result_alone(gpu, small_panel
 def test_it_is_compiled_once_per_dtype(gpu):
     for _ in range(3):
         KERNEL.pack(sparse_weight(20, 24), None, False)
-    assert len(gpu.compiled) == 5
+    assert len(gpu.compiled) == 9
     KERNEL.pack(sparse_weight(20, 24, torch.float16), None, False)
-    assert len(gpu.compiled) == 10
+    assert len(gpu.compiled) == 18
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 32, 33, 64])
@@ -214,21 +217,35 @@ def test_few_tokens_are_one_launch_on_the_current_stream(gpu, tokens):
     assert gpu.launched == [expected]
 
 
-def test_many_tokens_are_a_launch_per_panel_on_the_current_stream(gpu, small_panels):
+@pytest.mark.parametrize("tokens", [65, 96, 97, 300, 512])
+@pytest.mark.parametrize("columns", [128, 1024])
+def test_many_tokens_are_one_launch_or_with_splits_two_on_the_current_stream(gpu, tokens, columns):
+    rows = 90
+    packed = KERNEL.pack(sparse_weight(rows, columns), None, False)
+    gpu.stream = Stream(0x123, gpu)
+    linear(torch.randn(tokens, columns).bfloat16(), packed, None, rows)
+    plan = gemm.plan(gemm.gemm_variants(torch.bfloat16), tokens, rows, columns, at_once=2 * 132)
+    expected = [("efx_gemm", 0x123, *plan.gemm, (tokens, rows, columns, plan.splits))]
+    if columns > 128:
+        expected += [("efx_reduce", 0x123, *plan.reduce, (tokens, rows, plan.splits))]
+    assert gpu.launched == expected
+
+
+def test_the_largest_batches_are_a_launch_per_panel_on_the_current_stream(gpu, small_panels):
     packed = KERNEL.pack(sparse_weight(90, 64), None, False)
     gpu.stream = Stream(0x123, gpu)
-    linear(torch.randn(65, 64).bfloat16(), packed, None, 90)
+    linear(torch.randn(513, 64).bfloat16(), packed, None, 90)
     assert [(one.stream, one.numbers) for one in gpu.launched] == [
         (0x123, (first, min(16, 90 - first), 64)) for first in range(0, 90, 16)
     ]
 
 
-def test_the_number_of_tokens_from_which_on_weights_are_expanded_is_the_devices(gpu, monkeypatch):
-    monkeypatch.setitem(variants.CROSSOVER, gpu.capability, 16)
+def test_the_numbers_of_tokens_at_which_it_changes_the_way_are_the_devices(gpu, monkeypatch):
+    monkeypatch.setitem(variants.MEASURED, gpu.capability, variants.Crossovers(16, 20))
     packed = KERNEL.pack(sparse_weight(20, 24), None, False)
-    for tokens in (16, 17):
+    for tokens in (16, 17, 20, 21):
         linear(torch.randn(tokens, 24).bfloat16(), packed, None, 20)
-    assert [one.symbol for one in gpu.launched] == ["efx_decode", "efx_expand"]
+    assert [one.symbol for one in gpu.launched] == ["efx_decode", "efx_gemm", "efx_gemm", "efx_expand"]
 
 
 @pytest.mark.parametrize("shape", [(4096, 4096), (28672, 4096), (4096, 14336), (8192, 28672), (100, 64), (5, 500_000)])
@@ -244,8 +261,9 @@ def test_panels_cover_the_rows_and_fit_into_the_buffer(shape):
 # One buffer for all.
 
 
-def test_streams_that_share_the_buffer_take_turns(gpu):
-    packed, x = KERNEL.pack(sparse_weight(20, 24), None, False), torch.randn(65, 24).bfloat16()
+@pytest.mark.parametrize("tokens", [65, 513])  # for partial sums and for panels
+def test_streams_that_share_the_buffer_take_turns(gpu, tokens):
+    packed, x = KERNEL.pack(sparse_weight(20, 600), None, False), torch.randn(tokens, 600).bfloat16()
     one, other = Stream(1, gpu), Stream(2, gpu)
     for stream in (one, one, other, other, one):
         gpu.stream = stream
@@ -253,18 +271,20 @@ def test_streams_that_share_the_buffer_take_turns(gpu):
     assert gpu.waits == [(2, 1), (1, 2)]
 
 
-def test_a_captured_stream_waits_for_no_other(gpu):
-    packed, x = KERNEL.pack(sparse_weight(20, 24), None, False), torch.randn(65, 24).bfloat16()
+@pytest.mark.parametrize("tokens", [65, 513])
+def test_a_captured_stream_waits_for_no_other(gpu, tokens):
+    packed, x = KERNEL.pack(sparse_weight(20, 600), None, False), torch.randn(tokens, 600).bfloat16()
     linear(x, packed, None, 20)
     gpu.stream, gpu.is_capturing = Stream(2, gpu), True
     linear(x, packed, None, 20)
     assert gpu.waits == []
 
 
-def test_threads_do_not_write_into_each_others_panels(gpu, small_panels):
-    weights = [sparse_weight(90, 64, seed=seed) for seed in range(4)]
+@pytest.mark.parametrize("tokens", [70, 520])
+def test_threads_do_not_write_into_each_others_panels_or_sums(gpu, tokens):
+    weights = [sparse_weight(90, 600, seed=seed) for seed in range(4)]
     packed = [KERNEL.pack(weight, None, False) for weight in weights]
-    x = torch.randn(70, 64).bfloat16()
+    x = torch.randn(tokens, 600).bfloat16()
     wrong = []
 
     def run(index):
@@ -284,7 +304,7 @@ def test_threads_do_not_write_into_each_others_panels(gpu, small_panels):
 # The operator.
 
 
-@pytest.mark.parametrize("tokens", [3, 70])
+@pytest.mark.parametrize("tokens", [3, 70, 600])
 def test_is_a_well_formed_operator(gpu, tokens):
     packed = KERNEL.pack(sparse_weight(40, 24), None, False)
     arguments = (torch.randn(tokens, 24).bfloat16(), list(packed), torch.randn(40).bfloat16(), 40, "cuda")
@@ -299,7 +319,7 @@ def test_survives_torch_compile_without_a_graph_break(gpu):
         return torch.relu(torch.ops.efx.sparse_linear(x * 2, packed, None, 40, "cuda")) + 1
 
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
-    for tokens in (1, 3, 70):
+    for tokens in (1, 3, 70, 600):
         x = torch.randn(tokens, 24).bfloat16()
         torch.testing.assert_close(compiled(x), layer(x))
 

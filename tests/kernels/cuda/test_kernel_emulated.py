@@ -12,19 +12,19 @@ from tests.support.emulated_gpu import EmulatedGpu
 from tests.support.fake_gpu import FakeGpu
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+every_kind = pytest.mark.parametrize("is_int8", [False, True])
 
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    """The emulated kernels that were compiled with some macros."""
-    compiled: dict[tuple, EmulatedGpu] = {}
+    """The emulated kernels that were compiled of a file with some macros."""
+    compiled: dict[variants.Variant, EmulatedGpu] = {}
 
-    def find(defines: dict[str, int]) -> EmulatedGpu:
-        key = tuple(defines.items())
-        if key not in compiled:
-            variant = variants.Variant("", key, 0, 0, 0)
-            compiled[key] = EmulatedGpu(variant, tmp_path_factory.mktemp("emulated"))
-        return compiled[key]
+    def find(file: str, defines: dict[str, int]) -> EmulatedGpu:
+        variant = variants.Variant("", tuple(defines.items()), 0, 0, 0, file)
+        if variant not in compiled:
+            compiled[variant] = EmulatedGpu(variant, tmp_path_factory.mktemp("emulated"))
+        return compiled[variant]
 
     return find
 
@@ -36,20 +36,50 @@ def gpu(monkeypatch, emulated) -> FakeGpu:
 
     def compute(function, how, arguments):
         geometry = variants.Launch(how.grid, how.block, how.shared_bytes)
-        emulated(function.defines).launch(how.symbol, geometry, arguments)
+        emulated(function.file, function.defines).launch(how.symbol, geometry, arguments)
 
     monkeypatch.setattr(gpu, "compute", compute)
+    return gpu
+
+
+@pytest.fixture
+def small_panels(gpu, monkeypatch) -> None:
+    """So that a small weight has several."""
     for module in (variants, buffer):
-        monkeypatch.setattr(module, "PANEL_BYTES", 2 * 16 * 1024)  # so that a small weight has several panels
+        monkeypatch.setattr(module, "PANEL_BYTES", 2 * 16 * 1024)
     kernel.panels.cache_clear()
-    yield gpu
+    yield
     kernel.panels.cache_clear()
 
 
-@pytest.mark.parametrize("is_int8", [False, True])
-@pytest.mark.parametrize("tokens", [1, 7, 12, 66])
+@every_kind
+@pytest.mark.parametrize("tokens", [1, 7, 12])
 @pytest.mark.parametrize("shape", [(100, 128), (33, 100), (60, 1000)])
-def test_computes_the_product(gpu, shape, tokens, is_int8):
+def test_few_tokens(gpu, shape, tokens, is_int8):
+    check(shape, tokens, is_int8)
+    assert [one.symbol for one in gpu.launched] == ["efx_decode"]
+
+
+@every_kind
+@pytest.mark.parametrize("tokens", [66, 130])
+@pytest.mark.parametrize("shape", [(100, 128), (33, 100), (150, 1000)])
+def test_many_tokens(gpu, shape, tokens, is_int8):
+    check(shape, tokens, is_int8)
+    is_split = shape[1] == 1000
+    assert [one.symbol for one in gpu.launched] == ["efx_gemm", "efx_reduce"][: 1 + is_split]
+
+
+@every_kind
+@pytest.mark.parametrize("shape", [(100, 128), (33, 100), (60, 1000)])
+def test_the_largest_batches(gpu, small_panels, monkeypatch, shape, is_int8):
+    monkeypatch.setitem(variants.MEASURED, gpu.capability, variants.Crossovers(1, 1))
+    check(shape, 66, is_int8, is_rounded=True)
+    panels = [one for one in gpu.launched if one.symbol == "efx_expand"]
+    assert len(panels) == len(kernel.panels(shape[0], -(-shape[1] // 64) * 64)) and panels == gpu.launched
+
+
+def check(shape: tuple[int, int], tokens: int, is_int8: bool, is_rounded: bool = False) -> None:
+    """The product is that of torch; `is_rounded`: as scaled int8 weights in a panel are, to the activations' dtype."""
     rows, columns = shape
     generator = torch.Generator().manual_seed(0)
     kept = torch.rand(shape, generator=generator) < 0.5
@@ -59,12 +89,10 @@ def test_computes_the_product(gpu, shape, tokens, is_int8):
         scales = torch.rand(rows, generator=generator) / 64
         weight = (torch.randint(-128, 128, shape, generator=generator) * kept).to(torch.int8)
         dense = weight * scales[:, None]
-        dense = dense.bfloat16() if tokens > 64 else dense  # as a panel is
+        dense = dense.bfloat16() if is_rounded else dense
     x = torch.randn(tokens, columns, generator=generator).bfloat16()
     bias = torch.randn(rows, generator=generator).bfloat16()
     packed = kernel.KERNEL.pack(weight, scales, False)
     y = kernel.KERNEL.linear(x, packed, bias, rows)
     exact = torch.nn.functional.linear(x.double(), dense.double(), bias.double())
     torch.testing.assert_close(y, exact.bfloat16())
-    panels = [one for one in gpu.launched if one.symbol == "efx_expand"]
-    assert len(panels) == (0 if tokens <= 64 else len(kernel.panels(rows, -(-columns // 64) * 64)))

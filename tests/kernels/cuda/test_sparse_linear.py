@@ -15,7 +15,7 @@ from torch import Tensor
 
 from efx_plugin.kernels.cuda import layout, variants
 from efx_plugin.kernels.cuda.variants import DTYPES, Variant
-from tests.support.emulated_gpu import SOURCE, EmulatedGpu
+from tests.support.emulated_gpu import EmulatedGpu, emulated_source
 
 CASES = int(os.environ.get("EFX_EMULATED_CASES", "800"))
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -321,8 +321,9 @@ def test_probes_pass_without_a_mutation(gpus, is_int8):
 @pytest.mark.parametrize(("is_int8", "mutation"), PLANTED)
 def test_a_planted_fault_is_caught(tmp_path, is_int8, mutation):
     before, after = (MUTATIONS_OF_INT8 if is_int8 else MUTATIONS)[mutation]
-    assert SOURCE.count(before) == 1
     mutated = variants.decode_variant(torch.bfloat16, 32, is_int8)
-    gpu = EmulatedGpu(mutated, tmp_path, SOURCE.replace(before, after), optimize="-O1")
+    source = emulated_source(mutated)
+    assert source.count(before) == 1
+    gpu = EmulatedGpu(mutated, tmp_path, source.replace(before, after), optimize="-O1")
     with pytest.raises(AssertionError):
         probe(gpu, is_int8)

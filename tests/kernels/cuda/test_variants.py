@@ -11,7 +11,7 @@ from efx_plugin.kernels.cuda.variants import DTYPES, MOST_TOKENS_DECODED
 SHARED_BYTES_OF_SM_86 = 99 << 10  # per block; of the architectures from 8.0 on, 8.6, 8.9 and 12.0 have the least
 
 
-every_kind = pytest.mark.parametrize(("dtype", "is_int8"), itertools.product(DTYPES, (False, True)))
+every_kind = pytest.mark.parametrize(("dtype", "is_int8"), [*itertools.product(DTYPES, (False, True))])
 
 
 @every_kind
@@ -42,7 +42,15 @@ def test_a_panel_is_whole_blocks_of_rows_of_bounded_size(columns):
     assert rows % 16 == 0 and (rows == 16 or rows * columns * 2 <= variants.PANEL_BYTES)
 
 
-def test_the_crossover_is_within_what_decode_takes():
-    values = [*variants.CROSSOVER.values(), variants.DEFAULT_CROSSOVER]
-    assert all(1 <= value <= MOST_TOKENS_DECODED for value in values)
-    assert variants.crossover((0, 0)) == variants.DEFAULT_CROSSOVER
+def test_crossovers_rise_and_the_first_is_within_what_decode_takes():
+    for one in (*variants.MEASURED.values(), *variants.RECKONED.values()):
+        assert 1 <= one.decode <= MOST_TOKENS_DECODED and one.decode <= one.gemm
+
+
+def test_a_device_has_its_own_crossovers_or_those_of_the_one_before(monkeypatch):
+    measured = variants.Crossovers(8, 100)
+    monkeypatch.setitem(variants.MEASURED, (8, 9), measured)
+    assert variants.crossovers((8, 9)) == measured
+    assert variants.crossovers((8, 7)) == variants.RECKONED[8, 6]
+    assert all(variants.crossovers(one) == variants.RECKONED[one] for one in variants.RECKONED)
+    assert variants.crossovers((99, 0)) == variants.RECKONED[max(variants.RECKONED)]
