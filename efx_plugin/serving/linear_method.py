@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import get_current_vllm_config
+from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, register_weight_loader_v2_supported_method
 
@@ -80,7 +80,8 @@ def _tell_cache(kernel: str) -> None:
     A graph names the kernel and has its tensors for inputs. vLLM loads it again without looking whether they are still
     the same: another machine, EFX_KERNEL or a library that was missing change them.
     """
-    config = get_current_vllm_config().additional_config
+    vllm_config = get_current_vllm_config_or_none()  # none where a layer is loaded by itself: nothing is compiled then
+    config = vllm_config and vllm_config.additional_config
     if isinstance(config, dict):  # of a platform outside of vLLM it may be an object, which is left alone
         kernels = {*config.get(PLUGIN, {}).get("kernels", ()), kernel}
         config[PLUGIN] = {"kernels": sorted(kernels), "version": __version__}

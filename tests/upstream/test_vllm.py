@@ -61,7 +61,7 @@ def holds(condition: object, change: str, user: str) -> None:
         (MODELS, "WeightsMapper", CONFIG),
         (SERVE, "ServeSubcommand", LAUNCH),
         ("vllm.utils.argparse_utils", "FlexibleArgumentParser", LAUNCH),
-        ("vllm.config", "get_current_vllm_config", METHOD),
+        ("vllm.config", "get_current_vllm_config_or_none", METHOD),
         ("vllm.logger", "init_logger", METHOD),
         ("vllm", "__version__", ROOM),
     ],
