@@ -4,8 +4,6 @@
 #include <csetjmp>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <memory>
 #include <vector>
 
 #include <ucontext.h>
@@ -45,7 +43,7 @@ struct Access {
 struct Thread {
     ucontext_t start;
     jmp_buf resume;
-    std::unique_ptr<u8[]> stack;
+    std::vector<u8> stack;
     bool started, done;
     long meetings_of_warp, meetings_of_block;  // that this thread has come to
     std::vector<std::vector<Copy>> copies;     // under way, by groups; the last one is open
@@ -76,7 +74,8 @@ jmp_buf scheduler;
 
 bool is_watched;
 std::vector<Access> accesses;
-std::function<void()> kernel;
+void (*kernel)(const void* arguments);
+const void* arguments;
 
 Thread& self() { return threads[threadIdx.x]; }
 
@@ -97,7 +96,7 @@ bool may_run(const Thread& thread, int warp) {
 }
 
 void run_thread() {
-    kernel();
+    kernel(arguments);
     self().done = true;
     _longjmp(scheduler, 1);
 }
@@ -120,9 +119,9 @@ void run_block(int count, size_t shared_bytes) {
         thread.meetings_of_warp = thread.meetings_of_block = thread.groups = 0;
         for (int& before : thread.before) before = -1;
         thread.copies.assign(1, {});
-        if (!thread.stack) thread.stack.reset(new u8[kStackBytes]);
+        thread.stack.resize(kStackBytes);
         getcontext(&thread.start);
-        thread.start.uc_stack.ss_sp = thread.stack.get();
+        thread.start.uc_stack.ss_sp = thread.stack.data();
         thread.start.uc_stack.ss_size = kStackBytes;
         thread.start.uc_link = nullptr;
         makecontext(&thread.start, run_thread, 0);
@@ -325,10 +324,11 @@ struct Call {
 };
 
 // Returns how many faults there were.
-long launch(const Call& call, std::function<void()> kernel) {
+template <class Kernel> long launch(const Call& call, const Kernel& kernel) {
     machine::readable.assign(call.range, call.range + call.ranges);
     machine::at_once = call.at_once, machine::descending = call.descending;
-    machine::faults = 0, machine::kernel = kernel;
+    machine::kernel = [](const void* own) { (*(const Kernel*)own)(); };
+    machine::arguments = &kernel, machine::faults = 0;
     machine::is_watched = call.is_watched, machine::accesses.clear();
     for (blockIdx.x = 0; (int)blockIdx.x < call.grid; blockIdx.x++) machine::run_block(call.block, call.shared_bytes);
     return machine::faults;

@@ -7,22 +7,18 @@ import os
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from efx_plugin.kernels.cuda import layout, variants
 from efx_plugin.kernels.cuda.variants import DTYPES, Variant
 from tests.support.emulated_gpu import EmulatedGpu, emulated_source
+from tests.support.sparse_products import KINDS, MASKS, Case, is_near, padded, rounded, value
 
 CASES = int(os.environ.get("EFX_EMULATED_CASES", "800"))
-UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-SMALLEST = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
-KINDS = [(dtype, is_int8) for is_int8 in (False, True) for dtype in DTYPES]  # of activations and weights
 VARIANTS = [(variant, *kind) for kind in KINDS for variant in variants.decode_variants(*kind)]
-MASKS = ("dense", "empty", "random", "2:4", "rows", "blocks")
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 every_kind = pytest.mark.parametrize(("dtype", "is_int8"), KINDS)
@@ -40,49 +36,6 @@ def gpus(tmp_path_factory: pytest.TempPathFactory) -> Gpus:
         return compiled[variant]
 
     return find
-
-
-@dataclass(frozen=True)
-class Case:
-    """A product; `seed` says the values."""
-
-    dtype: torch.dtype
-    is_int8: bool
-    tokens: int
-    rows: int
-    columns: int
-    mask: str = "random"
-    density: float = 0.5
-    biased: bool = True
-    at_once: bool = False
-    descending: bool = False
-    seed: int = 0
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Activations, weight, its scales if it is int8, and bias."""
-        generator = torch.Generator().manual_seed(self.seed)
-        weight = torch.randn(self.rows, self.columns, generator=generator)
-        if self.is_int8:
-            weight = torch.randint(-128, 128, weight.shape, generator=generator)
-        weight = (weight * self._mask(generator)).to(torch.int8 if self.is_int8 else self.dtype)
-        x = torch.randn(self.tokens, self.columns, generator=generator).to(self.dtype)
-        bias = torch.randn(self.rows, generator=generator).to(self.dtype)
-        scales = torch.randn(self.rows, generator=generator).exp() / 64
-        return x, weight, scales if self.is_int8 else None, bias if self.biased else None
-
-    def _mask(self, generator: torch.Generator) -> Tensor:
-        scores = torch.rand(self.rows, self.columns, generator=generator)
-        if self.mask == "2:4":
-            groups = torch.nn.functional.pad(scores, (0, -self.columns % 4)).view(self.rows, -1, 4)
-            kept = torch.zeros_like(groups).scatter_(-1, groups.topk(2).indices, 1)
-            return kept.view(self.rows, -1)[:, : self.columns]
-        if self.mask == "rows":  # empty and full ones
-            return (scores[:, :1] < self.density).expand_as(scores)
-        if self.mask == "blocks":  # of 16 x 64, empty and full
-            return (
-                scores[::16, ::64].repeat_interleave(16, 0).repeat_interleave(64, 1)[: self.rows, : self.columns] < 0.5
-            )
-        return scores < {"dense": 1.0, "empty": 0.0, "random": self.density}[self.mask]
 
 
 def random_case(variant: Variant, dtype: torch.dtype, is_int8: bool, seed: int) -> Case:
@@ -104,20 +57,6 @@ def random_case(variant: Variant, dtype: torch.dtype, is_int8: bool, seed: int) 
     )
 
 
-def padded(x: Tensor) -> Tensor:
-    return torch.nn.functional.pad(x, (0, -x.shape[1] % layout.TILE_COLUMNS))
-
-
-def value(weight: Tensor, scales: Tensor | None) -> Tensor:
-    """The weight in float64."""
-    return weight.double() if scales is None else weight.double() * scales.double()[:, None]
-
-
-def rounded(weight: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The weight in a dtype of 16 bits; a scaled integer is float32 before."""
-    return value(weight, scales).float().to(dtype)
-
-
 def check(gpu: EmulatedGpu, case: Case) -> None:
     """The product is the float64 one but for the rounding of each step of 16 columns in float32, and of the result; the
     expanded weight is the weight.
@@ -125,13 +64,8 @@ def check(gpu: EmulatedGpu, case: Case) -> None:
     gpu.at_once, gpu.descending = case.at_once, case.descending
     x, weight, scales, bias = case.tensors()
     packed = (*layout.pack(weight), scales)
-    y = gpu.decode(padded(x), packed, bias, case.rows).double()
-    products = [x.double() @ value(weight, scales).T, x.double().abs() @ value(weight, scales).abs().T]
-    exact, magnitude = products if bias is None else (products[0] + bias.double(), products[1] + bias.double().abs())
-    roundings = case.columns / 16 + 16
-    before = magnitude * roundings * 2.0**-24
-    allowed = before + UNIT_ROUNDOFF[case.dtype] * (exact.abs() + before) + SMALLEST[case.dtype]
-    assert torch.all((y - exact).abs() <= allowed), case
+    y = gpu.decode(padded(x), packed, bias, case.rows)
+    assert is_near(y, case, (x, weight, scales, bias), additions=case.columns / 16 + 16), case
     dense = gpu.expand(packed, case.dtype, (0, case.rows, padded(x).shape[1]))
     assert torch.equal(dense[:, : case.columns], rounded(weight, scales, case.dtype)), case
     assert not dense[:, case.columns :].any(), case
