@@ -170,7 +170,8 @@ def decide(
     Args:
         weight: effective weight, fp32 [out, in].
         keep: mask, bool [out, in].
-        adapter: A of its adapters times their scalings, fp32 [rank, in]; None where the repair uses none.
+        adapter: A of its adapters times their scalings, fp32 [rank, in]; None where the repair uses none, and of a
+            layer that has none, which a repair of the adapter leaves as it is masked.
     """
     unknown, update = torch.full((3,), torch.nan), None
     if evidence.starved:
@@ -178,14 +179,14 @@ def decide(
             update = weight.new_zeros(len(weight), len(adapter))
         return Decision(keep, weight * keep, update, unknown)
     statistics = evidence.known
-    if arguments.repair == "none":
+    if arguments.repair == "none" or (arguments.uses_adapter and adapter is None):
         pruned = weight * keep
     elif arguments.repair == "weights":
         pruned = repair_weights(
             weight, keep, statistics.gram, steps=arguments.repair_steps, dampening_frac=arguments.dampening_frac
         )
     else:
-        assert adapter is not None  # else plan_blocks has refused the layer
+        assert adapter is not None
         damping = {"dampening_frac": arguments.dampening_frac}
         if arguments.repair == "paper":
             update = paper_update(weight, keep, statistics.energy, adapter, kappa=arguments.kappa, **damping)

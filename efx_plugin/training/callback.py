@@ -146,7 +146,7 @@ class EfficientXpertCallback(TrainerCallback):
             warn_of_slow_dtype(model, "load it with dtype=torch.float32, and train with bf16=False")
         vars(model).pop("save_pretrained", None)  # set by an earlier training
         self._schedule = pruning_steps(state.max_steps, self.warmup_fraction, self.refreshes, self.final_fraction)
-        self._plans: list[PlannedBlock] = plan_blocks(model, self.arguments)
+        self._plans = self._plan(model)
         if state.is_world_process_zero:
             warn_of_unprunable(model)
         self._layers = [layer for plan in self._plans for layer in plan.layers]
@@ -172,6 +172,10 @@ class EfficientXpertCallback(TrainerCallback):
             )
         if any(has_dropout(layer) for layer in self._layers):
             logger.warning(f"lora_dropout has no counterpart under a mask: it is off from step {self._schedule[0]} on")
+
+    def _plan(self, model: nn.Module) -> list[PlannedBlock]:
+        """What is going to be pruned."""
+        return plan_blocks(model, self.arguments)
 
     # ------------------------------------------------------------------------------------------- pruning points
 

@@ -14,13 +14,14 @@ from llmcompressor.modifiers import Modifier
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from efx_plugin.engine.blocks import PlannedBlock, plan_blocks
 from efx_plugin.evaluate.pipelines.arguments import take_arguments
 from efx_plugin.evaluate.pipelines.as_released import AsReleased
 from efx_plugin.evaluate.pipelines.draft import Draft
 from efx_plugin.evaluate.pipelines.one_shot import sparsegpt_modifier, wanda_modifier
 from efx_plugin.evaluate.pipelines.protocol import PipelineResult, PipelineTask
 from efx_plugin.evaluate.pipelines.training import CHOICES, adapt, best_of_rates, train
-from efx_plugin.model.adapters import linear_layers, merge_adapters
+from efx_plugin.model.adapters import active_adapters, linear_layers, merge_adapters
 from efx_plugin.model.masked import install_mask, remove_mask
 from efx_plugin.training import EfficientXpertCallback
 from efx_plugin.training.recorder import Recording
@@ -139,7 +140,21 @@ class _OnCalibrationSet(EfficientXpertCallback):
 
 
 class _Published(_OnCalibrationSet):
-    """Leaves the last mask without a repair."""
+    """Leaves the last mask without a repair, and at all masks the layers without an adapter: it is what is moved."""
+
+    def __init__(self, draft: Draft, arguments: Mapping[str, Any]) -> None:
+        super().__init__(draft, arguments)
+        self._notes = draft.notes
+
+    def _plan(self, model: nn.Module) -> list[PlannedBlock]:
+        plans = plan_blocks(model, self.arguments.model_copy(update={"repair": "none"}))
+        layers = [layer for plan in plans for layer in plan.layers]
+        if bare := sum(not active_adapters(layer) for layer in layers):
+            self._notes.append(
+                f"{bare} of the {len(layers)} layers have no adapter, which is what the published repair moves: they "
+                "are pruned without a repair"
+            )
+        return plans
 
     def _prune(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, show: bool) -> dict[str, float]:
         if self._pruned == len(self._schedule) - 1:

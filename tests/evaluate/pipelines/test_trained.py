@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from efx_plugin.engine.arguments import PruningArguments
 from efx_plugin.engine.blocks import linears_in_blocks
@@ -12,6 +13,7 @@ from efx_plugin.errors import EfxError, UsageError
 from efx_plugin.evaluate.pipelines import as_released, trained, training
 from efx_plugin.evaluate.pipelines.draft import Draft
 from efx_plugin.evaluate.pipelines.one_shot import wanda_modifier
+from efx_plugin.evaluate.pipelines.registry import PIPELINES
 from efx_plugin.model.adapters import effective_weight
 from tests.support.pipeline_task import run, tiny_task
 
@@ -96,6 +98,40 @@ def test_the_published_schedule_repairs_every_mask_but_the_last(task, monkeypatc
     monkeypatch.setattr(trained.EfficientXpertCallback, "_prune", prune)
     run(task, "published", arguments=RATES)
     assert repairs == ["paper", "paper", "none"]
+
+
+def attention_adapter(task, folder):
+    """An adapter that is on q and v alone, as many are."""
+    model = PIPELINES["base"].run(task).model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        get_peft_model(model, config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_on_some_layers_alone_is_trained_and_all_are_pruned(task, tmp_path, name):
+    result = run(task, name, adapter=attention_adapter(task, tmp_path / "adapter"), arguments=RATES)
+    assert result.sparsity == pytest.approx(0.5, abs=0.02)
+    assert all(layer["sparsity"] > 0.1 for layer in result.layers)
+    assert any("10 of the 14 layers have no adapter" in note for note in result.notes) == (name == "published")
+
+
+def test_the_published_repair_moves_adapters_and_leaves_other_layers_alone(task, tmp_path, monkeypatch):
+    repaired = {}
+    original = trained.EfficientXpertCallback._store
+
+    def store(self, optimizer, layer, decision):
+        if self.arguments.repair == "paper":
+            kept = effective_weight(layer) * decision.keep
+            repaired.setdefault(layer.name.rpartition(".")[2], []).append(not torch.equal(decision.weight, kept))
+        return original(self, optimizer, layer, decision)
+
+    monkeypatch.setattr(trained.EfficientXpertCallback, "_store", store)
+    run(task, "published", adapter=attention_adapter(task, tmp_path / "adapter"), arguments=RATES)
+    assert all(len(moved) == 4 and set(moved) == {name in ("q_proj", "v_proj")} for name, moved in repaired.items())
+    assert len(repaired) == 7
 
 
 def test_the_released_factor_varies_along_a_row_of_q_k_gate_and_up(task):
