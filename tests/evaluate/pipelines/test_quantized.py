@@ -65,6 +65,20 @@ def test_bits_are_those_of_values_and_scales(results, name):
     assert results[name].bits_per_weight_served == results[name].bits_per_weight_stored
 
 
+def test_four_bits_are_counted_dense_and_a_note_says_what_a_bitmask_would_take(results):
+    """A bitmask: 4 bits a non-zero, a bit for the mask, the groups' scales, an offset for each row, and the shape."""
+    result, expected, weights = results["lora+expert+w4"], 0, 0
+    (note,) = (note for note in result.notes if "stored and served dense" in note)
+    assert result.bits_per_weight_stored == results["lora+w4a16"].bits_per_weight_stored
+    for layer in linears_in_blocks(result.model):
+        weight, group = layer.base.weight, {32: 32, 48: 16}[layer.base.in_features]
+        expected += 4 * int(weight.count_nonzero()) + weight.numel() * (1 + 16 / group) + 64 * len(weight) + 128
+        weights += weight.numel()
+    assert float(note.partition("would take ")[2].partition(" ")[0]) == pytest.approx(expected / weights, abs=0.006)
+    assert not any("dense" in note for name in ("lora+expert+w8", "lora+w4a16") for note in results[name].notes)
+    assert results["lora+expert+w8"].bits_per_weight_stored < results["lora+w8a16"].bits_per_weight_stored
+
+
 @pytest.mark.parametrize("name", ["lora+expert+w8", "lora+expert+w4"])
 def test_what_is_pruned_stays_zero(results, name):
     assert results[name].sparsity == pytest.approx(0.5, abs=0.01)
