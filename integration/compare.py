@@ -140,7 +140,7 @@ def cells(budget: Budget, model: str, domain: str, pipelines: Sequence[str], out
     )
     for cell in request.cells(data):
         trained = PIPELINES[cell.pipeline].needs_training
-        yield replace(cell, arguments=(("learning_rates", budget.learning_rates),) if trained else ())
+        yield replace(cell, arguments=(("learning_rates", budget.learning_rates),)) if trained else cell
 
 
 def domain_data(budget: Budget, domain: str, output: Path = OUTPUT) -> Data:

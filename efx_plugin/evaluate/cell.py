@@ -6,7 +6,7 @@ Nothing here imports torch.
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -97,7 +97,7 @@ class Cell:
     @property
     def label(self) -> str:
         """What progress and errors call it."""
-        parts = [self.pipeline, self.data.name]
+        parts = [pipeline_name(self.pipeline, self.arguments), self.data.name]
         if self.sparsity:
             parts.insert(1, sparsity_name(self.sparsity, self.mask_structure))
         return f"{' '.join(parts)}, seed {self.seed}"
@@ -218,6 +218,13 @@ class CellResult:
 def sparsity_name(sparsity: float, mask_structure: str = "0:0") -> str:
     """A sparsity for people: "50 %", or the structure where there is one, "2:4"."""
     return f"{100 * sparsity:g} %" if mask_structure == "0:0" else mask_structure
+
+
+def pipeline_name(pipeline: str, arguments: Sequence[tuple[str, Any]]) -> str:
+    """A pipeline for people, with its arguments: "lora+w3 g64" for a group of 64, others in brackets."""
+    others = ", ".join(f"{name}={value}" for name, value in arguments if name != "group")
+    parts = [pipeline, *(f"g{value}" for name, value in arguments if name == "group"), f"({others})" if others else ""]
+    return " ".join(filter(None, parts))
 
 
 def versions() -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from efx_plugin.evaluate.cell import Cell, CellResult, sparsity_name
+from efx_plugin.evaluate.cell import Cell, CellResult, pipeline_name, sparsity_name
 from efx_plugin.evaluate.mask_samples import overlap
 from efx_plugin.evaluate.pipelines.registry import PIPELINES
 from efx_plugin.evaluate.speed import Speed
@@ -64,11 +64,13 @@ class Rival:
     """The best rival of a line on a corpus.
 
     Attributes:
-        name: its pipeline, which may be that of the line itself.
+        name: its label, which is that of the line itself where nothing is better.
+        family: of its pipeline.
         interval: the difference to it; None for itself, and where the documents are not the same.
     """
 
     name: str
+    family: str
     interval: Interval | None
 
 
@@ -178,8 +180,7 @@ def build(findings: Sequence[Finding], failures: Sequence[Failure]) -> Report:
 
 
 def _label(cell: Cell) -> str:
-    arguments = ", ".join(f"{name}={value}" for name, value in cell.arguments)
-    return f"{cell.pipeline} ({arguments})" if arguments else cell.pipeline
+    return pipeline_name(cell.pipeline, cell.arguments)
 
 
 def _name(cell: Cell, others: Sequence[Cell]) -> str:
@@ -198,13 +199,14 @@ def _group(cell: Cell) -> tuple[Any, ...]:
 
 
 def _position(cell: Cell, order: dict[str, int]) -> tuple[Any, ...]:
-    """Dense and quantized lines first, then by sparsity, then in the order of the registry."""
+    """Dense and quantized lines first, then by sparsity, then in the order of the registry, large groups first."""
     return (
         str(cell.model),
         cell.data.name,
         cell.mask_structure,
         cell.sparsity,
         order[cell.pipeline],
+        -dict(cell.arguments).get("group", 0),
         repr(cell.arguments),
     )
 
@@ -326,12 +328,13 @@ def _rival(group: list[Finding], groups: list[list[Finding]], corpus: str) -> Ri
     if not rivals:
         return None
     best = min(rivals, key=lambda other: _mean(one.result.corpora[corpus].perplexity for one in other))
+    name, family = _label(best[0].cell), PIPELINES[best[0].cell.pipeline].family
     if best is group:
-        return Rival(best[0].cell.pipeline, None)
+        return Rival(name, family, None)
     ours, theirs = _document_losses(group, corpus), _document_losses(best, corpus)
     same = ours is not None and theirs is not None and ours[1] == theirs[1]
     interval = paired_bootstrap(ours[0], theirs[0], ours[1]) if same and ours and theirs else None
-    return Rival(best[0].cell.pipeline, interval)
+    return Rival(name, family, interval)
 
 
 def _are_rivals(group: list[Finding], other: list[Finding]) -> bool:

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from efx_plugin.compress.request import find_directory, is_hub_name, refuse_data_file
 from efx_plugin.errors import UsageError
@@ -99,14 +100,32 @@ class CompareRequest:
         )
 
     def cells(self, data: Data) -> list[Cell]:
-        """The cells of a checked request: seed after seed, so that the first table is whole early."""
+        """The cells of a checked request: seed after seed, so that the first table is whole early.
+
+        Raises:
+            EfxError: the model cannot be looked at, which is needed where a pipeline has `groups`.
+        """
         cells: list[Cell] = []
+        variants = {name: self._variants(name) for name in self.pipelines}
         for seed in range(self.seeds):
             for name in self.pipelines:
                 for sparsity, structure, used_seed in self._points(name, seed):
                     cell = Cell(self.model, self.adapter, name, sparsity, used_seed, data, structure)
-                    cells.append(replace(cell, tasks=self.tasks, task_data=self.task_data))
+                    cell = replace(cell, tasks=self.tasks, task_data=self.task_data)
+                    cells += [replace(cell, arguments=arguments) for arguments in variants[name]]
         return list(dict.fromkeys(cells))
+
+    def _variants(self, pipeline: str) -> list[tuple[tuple[str, Any], ...]]:
+        """Arguments of a pipeline's cells: one for each of its groups that fits the model; none where none does."""
+        groups = PIPELINES[pipeline].groups
+        if not groups:
+            return [()]
+        from efx_plugin.engine.blocks import linears_in_blocks
+        from efx_plugin.model.loading import inspect_sources
+
+        widths = {layer.base.in_features for layer in linears_in_blocks(inspect_sources(self.model, None).skeleton)}
+        fitting = [group for group in groups if all(width % group == 0 for width in widths)]
+        return [(("group", group),) for group in fitting] or [()]
 
     def served(self, cells: Sequence[Cell]) -> dict[str, Cell]:
         """Of the cells those to time in vLLM by the names of their lines: the dense expert and what is ours."""

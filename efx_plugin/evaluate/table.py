@@ -7,7 +7,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from efx_plugin.evaluate.pipelines.registry import PIPELINES
 from efx_plugin.evaluate.report import Figures, Line, Report
 
 _WIDTH = 140
@@ -130,12 +129,12 @@ def _rival_on(corpus: str) -> Callable[[Line], str]:
         rival = line.corpora[corpus].rival if corpus in line.corpora else None
         if rival is None:
             return ""
-        if rival.name == line.pipeline:
+        if rival.name == line.label:
             return "best rival"
         interval = rival.interval
         if interval is None:
             return f"{rival.name}: other documents"
-        named = f" {rival.name}" if PIPELINES[rival.name].family != line.family else ""
+        named = f" {rival.name}" if rival.family != line.family else ""
         return f"{interval.difference:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]{named}"
 
     return text

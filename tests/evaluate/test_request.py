@@ -9,6 +9,7 @@ import pytest
 from efx_plugin.errors import EfxError, UsageError
 from efx_plugin.evaluate.pipelines.registry import PIPELINES
 from efx_plugin.evaluate.request import CompareRequest, parse_sparsity
+from tests.support.tiny_llama import save_tiny_llama
 
 
 @pytest.fixture
@@ -87,4 +88,17 @@ def test_dense_cells_run_once_and_the_others_at_every_point(request_):
         ("lora+wanda", 0.5, "0:0", 1),
         ("lora+wanda", 0.5, "2:4", 1),
         ("lora+w4a16", 0.0, "0:0", 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "groups"), [((128, 256), [128, 64, 32]), ((64, 192), [64, 32]), ((32, 64), [32]), ((32, 48), [None])]
+)
+def test_every_group_that_divides_the_inputs_of_all_layers_has_a_cell(request_, tmp_path, inputs, groups):
+    save_tiny_llama(tmp_path / "model", hidden_size=inputs[0], intermediate_size=inputs[1])
+    request = replace(request_, pipelines=("lora+w3", "lora+w4a16"), seeds=2).checked()
+    cells = request.cells(request.split().data)
+    names = ["lora+w3" if group is None else f"lora+w3 g{group}" for group in groups]
+    assert [cell.label for cell in cells] == [
+        f"{name} law, seed {n}" for n in (0, 1) for name in [*names, "lora+w4a16"]
     ]

@@ -42,6 +42,15 @@ def test_arguments_tell_lines_apart():
     assert [row[0] for row in table.rows] == ["lora+wanda (rate=1)", "lora+wanda (rate=2)"]
 
 
+def test_groups_are_lines_and_rivals_by_name():
+    groups = {128: 24.0, 64: 23.0, 32: 22.0}
+    found = [finding("lora+w3", perplexity, arguments=(("group", group),)) for group, perplexity in groups.items()]
+    found.append(finding("lora+expert+w4", 23.0, sparsity=0.5, noise=0.1))
+    (table,) = tables(build(found, []), every_corpus=True)
+    assert [row[0] for row in table.rows] == ["lora+w3 g128", "lora+w3 g64", "lora+w3 g32", "lora+expert+w4"]
+    assert table.rows[-1][table.header.index("to best rival")].endswith("lora+w3 g32")
+
+
 def test_a_pipe_gets_the_table_whole(monkeypatch):
     output = io.StringIO()
     monkeypatch.setattr(module, "Console", lambda: Console(file=output))

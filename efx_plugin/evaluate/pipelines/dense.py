@@ -11,6 +11,7 @@ class Dense:
     family: Family = "dense"
     ours = False
     needs_training = False
+    groups: tuple[int, ...] = ()
 
     def __init__(self, name: str, *, needs_adapter: bool) -> None:
         self.name = name

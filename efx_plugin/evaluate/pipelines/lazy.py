@@ -20,6 +20,7 @@ class Lazy:
     ours: bool = False
     needs_adapter: bool = True
     needs_training: bool = False
+    groups: tuple[int, ...] = ()
 
     def run(self, task: PipelineTask) -> PipelineResult:
         """See `Pipeline.run`."""

@@ -90,6 +90,11 @@ class Pipeline(Protocol):
     def needs_training(self) -> bool:
         """Whether it trains on `PipelineTask.training`."""
 
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Sizes of quantization groups, its argument `group`, that are compared side by side: each has a cell of its
+        own where it divides the inputs of all target layers. Empty where the pipeline chooses its group itself."""
+
     def run(self, task: PipelineTask) -> PipelineResult:
         """Make the expert.
 

@@ -20,7 +20,7 @@ _ALL: tuple[Pipeline, ...] = (
     Lazy("lora+w8a8", "quantized", "quantized.w8a8"),
     Lazy("lora+w8a16", "quantized", "quantized.w8a16"),
     Lazy("lora+w4a16", "quantized", "quantized.w4a16"),
-    Lazy("lora+w3", "quantized", "quantized.w3"),
+    Lazy("lora+w3", "quantized", "quantized.w3", groups=(128, 64, 32)),
     Lazy("lora+expert+w8", "sparse and quantized", "quantized.expert_w8", ours=True),
     Lazy("lora+expert+w4", "sparse and quantized", "quantized.expert_w4", ours=True),
     _trained("wanda+masked-lora", "wanda_then_lora"),
