@@ -33,8 +33,8 @@ DEFINITIONS = {
     "difference": "log perplexity minus that of the best rival, with the 95 % interval of a paired bootstrap over "
     "documents (10,000 resamples, seeded, losses averaged over seeds)",
     "bits": "bits per weight of the linear layers in the decoder blocks, zeros counted, with masks and scales, in the "
-    "checkpoint that the pipeline wrote, and as it is served; 4-bit weights have no sparse format, so what is pruned and "
-    "then quantized to 4 bits is stored and served dense, zeros and all",
+    "checkpoint that the pipeline wrote, and as it is served; 4-bit weights have no sparse format, so what is pruned "
+    "and then quantized to 4 bits is stored and served dense, zeros and all",
     "seconds": "of the pipeline, loading included and evaluation not",
     "tokens/s": "generated in vLLM by so many requests at once, and how many times those of lora, measured in turn",
     "MB": "largest resident memory of the process up to the end of the pipeline",

@@ -171,8 +171,8 @@ def _notes(model: PreTrainedModel, precision: Precision, *, reckon: bool) -> lis
         notes.append(f"activations are rounded to {precision.activations} bits in evaluation, as they are when served")
     if reckon:
         notes.append(
-            f"stored and served dense, zeros and all: no format and no kernel takes sparse {precision.bits}-bit weights; "
-            f"a bitmask over them would take {_reckoned(model, precision):.2f} bits per weight, reckoned"
+            f"stored and served dense, zeros and all: no format and no kernel takes sparse {precision.bits}-bit "
+            f"weights; a bitmask over them would take {_reckoned(model, precision):.2f} bits per weight, reckoned"
         )
     return notes
 
