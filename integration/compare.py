@@ -144,7 +144,8 @@ def cells(budget: Budget, model: str, domain: str, pipelines: Sequence[str], out
 
 
 def domain_data(budget: Budget, domain: str, output: Path = OUTPUT) -> Data:
-    """The files of a domain: training and calibration text of its own corpus, held-out text of several."""
+    """The files of a domain: training, validation and calibration text of its own corpus, held-out text of several;
+    in each part whole families of documents."""
     names, _ = DOMAINS[domain]
     parts = splits_with_validation(names[0])
     heldout = [Corpus(name, splits_with_validation(name)["heldout"]) for name in names]
@@ -154,6 +155,7 @@ def domain_data(budget: Budget, domain: str, output: Path = OUTPUT) -> Data:
         parts["calibration"],
         parts["train"],
         heldout,
+        parts["validation"],
         samples=budget.samples,
         length=budget.length,
         training_tokens=budget.training_tokens,

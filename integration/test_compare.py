@@ -5,6 +5,7 @@ import json
 import pytest
 
 from integration import compare
+from integration.assets import families
 from integration.compare import QUICK, Budget
 from tests.support.tiny_llama import save_tiny_llama
 
@@ -38,6 +39,18 @@ def test_the_report_holds_every_pipeline_in_both_domains(report, output):
     assert all(row.keys() >= keys | {"bits_per_weight", "seconds", "peak_mb"} for row in rows)
     for domain, (corpora, _) in compare.DOMAINS.items():
         assert {row["corpus"] for row in rows if row["data"] == domain} == set(corpora)
+
+
+@pytest.mark.parametrize("domain", compare.DOMAINS)
+def test_no_family_of_documents_is_in_two_parts(output, domain):
+    data = compare.domain_data(TINY, domain, output)
+    assert data.validation is not None
+    files = (data.calibration, data.training, data.validation, data.heldout[0].path)
+    parts = [[json.loads(line)["text"] for line in file.open()] for file in files]
+    part_of = [number for number, texts in enumerate(parts) for _ in texts]
+    found = families([text for texts in parts for text in texts])
+    assert len(found) > 100 and all(parts)
+    assert all(len({part_of[document] for document in family}) == 1 for family in found)
 
 
 def test_accuracy_stands_beside_chance(report):

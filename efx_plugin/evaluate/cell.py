@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from efx_plugin.evaluate.pipelines.registry import PIPELINES
+
 # Distributions whose release may change a result.
 _LIBRARIES = (
     "efx-plugin",
@@ -50,9 +52,11 @@ class Data:
         name: what tables call the domain.
         calibration, training: no document of theirs is in `heldout`.
         heldout: corpora to evaluate on; the first is that of the domain.
+        validation: what trained pipelines choose their learning rate on; no document of it is in another part. None
+            where there is too little text for one, and then nothing can be trained.
         samples: calibration sequences.
         length: tokens of a calibration, training or evaluation sequence.
-        training_tokens: tokens that a trained pipeline sees in all.
+        training_tokens: tokens that a pipeline trains on; a tenth as many of `validation` choose its learning rate.
         heldout_tokens: tokens at most that a corpus is evaluated on, see `first_tokens`.
     """
 
@@ -60,6 +64,7 @@ class Data:
     calibration: Path
     training: Path
     heldout: tuple[HeldOut, ...]
+    validation: Path | None = None
     samples: int = 128
     length: int = 512
     training_tokens: int = 100_000
@@ -105,6 +110,14 @@ class Cell:
     def key(self) -> str:
         """64 hexadecimal digits that change whenever anything does that the result depends on: the bytes of every
         file, the arguments, the versions of the libraries. Where the files lie does not matter."""
+        data = asdict(self.data) | {
+            "calibration": file_hash(self.data.calibration),
+            "training": file_hash(self.data.training),
+            "heldout": [[one.name, file_hash(one.path)] for one in self.data.heldout],
+        }
+        validation = data.pop("validation")
+        if PIPELINES[self.pipeline].needs_training:
+            data["validation"] = None if validation is None else file_hash(validation)
         inputs = {
             "model": _directory_hash(self.model),
             "adapter": None if self.adapter is None else _directory_hash(self.adapter),
@@ -112,12 +125,7 @@ class Cell:
             "sparsity": self.sparsity,
             "mask_structure": self.mask_structure,
             "seed": self.seed,
-            "data": asdict(self.data)
-            | {
-                "calibration": file_hash(self.data.calibration),
-                "training": file_hash(self.data.training),
-                "heldout": [[one.name, file_hash(one.path)] for one in self.data.heldout],
-            },
+            "data": data,
             "tasks": self.tasks,
             "task_data": None if self.task_data is None else _directory_hash(self.task_data),
             "arguments": self.arguments,
@@ -138,6 +146,7 @@ class Cell:
             data,
             calibration=Path(data.calibration),
             training=Path(data.training),
+            validation=None if data.validation is None else Path(data.validation),
             heldout=tuple(HeldOut(one["name"], Path(one["path"])) for one in value["data"]["heldout"]),
         )
         return cls(

@@ -1,4 +1,4 @@
-"""The text of a domain for a comparison, in parts that share no document: calibration, training, held-out.
+"""The text of a domain for a comparison, in parts that share no document: calibration, training, validation, held-out.
 
 A part is a file with a JSON record a line, called by the hash of its content, so that the same text is the same file.
 Nothing here imports torch.
@@ -23,8 +23,9 @@ from efx_plugin.evaluate.cell import Data, HeldOut
 # A record that `content_of` understands: {"text": ...} or {"messages": [...]}.
 Record = Mapping[str, Any]
 
-# Parts of the documents of a file; training gets what is left.
+# Parts of the documents of a file; training gets what is left, but for a part of it.
 _HELDOUT, _CALIBRATION = 0.15, 0.25
+_VALIDATION = 0.1
 # With fewer documents than this in a file, three of them would be held out, and no interval over those says anything.
 _FEWEST = 20
 
@@ -51,6 +52,7 @@ def write_data(
     calibration: Sequence[str],
     training: Sequence[str],
     heldout: Sequence[Corpus],
+    validation: Sequence[str] = (),
     **amounts: int,
 ) -> Data:
     """Write the parts of a domain.
@@ -60,18 +62,26 @@ def write_data(
         name: what tables call the domain.
         calibration, training: documents.
         heldout: corpora to evaluate on, that of the domain first.
+        validation: documents; without, nothing can be trained.
         amounts: `samples`, `length`, `training_tokens`, `heldout_tokens` of `Data`.
 
     Raises:
-        EfxError: a part is empty, or a held-out document is among the others as well, up to blanks.
+        EfxError: a part is empty, or a held-out or validation document is in another part as well, up to blanks.
     """
     seen = {_identity({"text": text}) for text in (*calibration, *training)}
+    for text in validation:
+        if _identity({"text": text}) in seen:
+            raise EfxError(
+                f"a validation document of {name} is among its calibration or training documents ({text[:60]!r}): "
+                "leave it out of one of them"
+            )
+    seen |= {_identity({"text": text}) for text in validation}
     for corpus in heldout:
         for text in corpus.documents:
             if _identity({"text": text}) in seen:
                 raise EfxError(
-                    f"a held-out document of {corpus.name} is among the calibration or training documents of {name} "
-                    f"({text[:60]!r}): leave it out of one of them"
+                    f"a held-out document of {corpus.name} is among the calibration, training or validation documents "
+                    f"of {name} ({text[:60]!r}): leave it out of one of them"
                 )
     parts = {"calibration": calibration, "training": training} | {one.name: one.documents for one in heldout}
     if empty := [part for part, documents in parts.items() if not documents]:
@@ -81,6 +91,7 @@ def write_data(
         calibration=_write(folder, [{"text": text} for text in calibration]),
         training=_write(folder, [{"text": text} for text in training]),
         heldout=tuple(HeldOut(one.name, _write(folder, [{"text": text} for text in one.documents])) for one in heldout),
+        validation=_write(folder, [{"text": text} for text in validation]) if validation else None,
         **amounts,
     )
 
@@ -97,7 +108,8 @@ def split_files(
 
     Of each file 15 % of the different documents are held out and make a corpus. Where `heldout` names files of their
     own, these are the corpora and nothing of `files` is held out. Of the other documents a quarter (of all) is for
-    calibration, the rest for training.
+    calibration, the rest for training, but for a tenth of it, one document at least, that is for validation. Of a
+    single document for training there is no validation part.
 
     Args:
         folder: where the parts go.
@@ -138,11 +150,14 @@ def split_files(
     if len(rest) < 2:
         raise EfxError(f"{files[0]} has one document, and calibration and training need one each: pass more of them")
     calibration = max(1, round(_CALIBRATION * len(rest) / (1 - (0 if heldout else _HELDOUT))))
+    training = rest[calibration:]
+    kept = max(1, round(_VALIDATION * len(training))) if len(training) > 1 else 0
     data = Data(
         "+".join(names[file] for file in files),
         calibration=_write(folder, rest[:calibration]),
-        training=_write(folder, rest[calibration:]),
+        training=_write(folder, training[kept:]),
         heldout=tuple(HeldOut(name, _write(folder, records)) for name, records in corpora),
+        validation=_write(folder, training[:kept]) if kept else None,
         **amounts,
     )
     return Split(data, tuple(notices))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from efx_plugin.compress.request import find_directory, is_hub_name, refuse_data_file
-from efx_plugin.errors import UsageError
+from efx_plugin.errors import EfxError, UsageError
 from efx_plugin.evaluate.cell import Cell, Data, sparsity_name
 from efx_plugin.evaluate.data import Split, split_files
 from efx_plugin.evaluate.pipelines.registry import PIPELINES
@@ -86,9 +86,9 @@ class CompareRequest:
         """Split the data.
 
         Raises:
-            EfxError: it cannot be read or split.
+            EfxError: it cannot be read or split, or is too little to choose learning rates on.
         """
-        return split_files(
+        split = split_files(
             self.cache / "data",
             self.data,
             self.heldout,
@@ -98,6 +98,14 @@ class CompareRequest:
             training_tokens=self.training_tokens,
             heldout_tokens=self.heldout_tokens,
         )
+        if split.data.validation is None and (
+            trained := [one for one in self.pipelines if PIPELINES[one].needs_training]
+        ):
+            raise EfxError(
+                f"{trained[0]} chooses its learning rate on documents of their own, and {self.data[0]} has too few for "
+                "that: pass more of them"
+            )
+        return split
 
     def cells(self, data: Data) -> list[Cell]:
         """The cells of a checked request: seed after seed, so that the first table is whole early.

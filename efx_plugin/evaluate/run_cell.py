@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from efx_plugin import failures
+from efx_plugin.errors import EfxError
 from efx_plugin.evaluate.cell import Cell, CellResult, CorpusLosses, source_hash, versions
 from efx_plugin.evaluate.data import write_atomically
 from efx_plugin.evaluate.pipelines.protocol import PipelineResult, PipelineTask
 from efx_plugin.evaluate.pipelines.registry import PIPELINES
 
 _FEW = 20  # documents
+_VALIDATION = 0.1  # of the number of training sequences
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
 
 
@@ -73,7 +75,7 @@ def run(cell: Cell, scratch: Path, kept: Path | None = None) -> tuple[CellResult
     notes: list[str] = []
     data, pipeline = cell.data, PIPELINES[cell.pipeline]
     calibration: Any = torch.empty(0, data.length, dtype=torch.int64)
-    training = calibration
+    training = validation = calibration
     if pipeline.family != "dense":
         calibration = _sequences(
             data.calibration, tokenizer, data.samples, data.length, cell.seed, "calibration", notes
@@ -81,6 +83,10 @@ def run(cell: Cell, scratch: Path, kept: Path | None = None) -> tuple[CellResult
     if pipeline.needs_training:
         count = max(1, data.training_tokens // data.length)
         training = _sequences(data.training, tokenizer, count, data.length, cell.seed, "training", notes)
+        if data.validation is None:
+            raise EfxError(f"{data.name} has no documents to choose the learning rate on: pass more of them")
+        count = max(1, round(_VALIDATION * len(training)))
+        validation = _sequences(data.validation, tokenizer, count, data.length, cell.seed, "validation", notes)
     transformers.set_seed(cell.seed)
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".cell-") as output:
         task = PipelineTask(
@@ -88,6 +94,7 @@ def run(cell: Cell, scratch: Path, kept: Path | None = None) -> tuple[CellResult
             cell.adapter,
             calibration,
             training,
+            validation,
             cell.sparsity,
             cell.mask_structure,
             cell.seed,

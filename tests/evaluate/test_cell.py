@@ -16,13 +16,14 @@ def make_cell(folder: Path, **changes) -> Cell:
     for name in ("model", "adapter"):
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text(name)
-    for name in ("calibration", "training", "heldout"):
+    for name in ("calibration", "training", "heldout", "validation"):
         (folder / f"{name}.jsonl").write_text(json.dumps({"text": name}))
     data = Data(
         "legal",
         calibration=folder / "calibration.jsonl",
         training=folder / "training.jsonl",
         heldout=(HeldOut("legal", folder / "heldout.jsonl"),),
+        validation=folder / "validation.jsonl",
     )
     cell = Cell(folder / "model", folder / "adapter", "lora+wanda", 0.5, 0, data, arguments=(("rate", [1, 2]),))
     return replace(cell, **changes)
@@ -65,6 +66,17 @@ def test_the_key_changes_with_every_file(tmp_path, name):
     before = cell.key()
     (tmp_path / name).write_text("other")
     assert cell.key() != before
+
+
+def test_validation_text_counts_where_something_is_trained(tmp_path):
+    cells = [make_cell(tmp_path)]
+    cells.append(replace(cells[0], pipeline="expert"))
+    before = [cell.key() for cell in cells]
+    without = [replace(cell, data=replace(cell.data, validation=None)).key() for cell in cells]
+    (tmp_path / "validation.jsonl").write_text("other")
+    after = [cell.key() for cell in cells]
+    assert before[0] == after[0] == without[0]
+    assert len({before[1], after[1], without[1]}) == 3
 
 
 def test_the_key_changes_with_the_versions_of_libraries(tmp_path, monkeypatch):

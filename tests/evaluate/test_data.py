@@ -26,8 +26,9 @@ def documents():
 def test_a_file_is_split_by_document(tmp_path, documents):
     split = split_files(tmp_path / "parts", [write(tmp_path / "legal.jsonl", documents)], length=64)
     (heldout,) = split.data.heldout
-    parts = [texts(part) for part in (heldout.path, split.data.calibration, split.data.training)]
-    assert [len(part) for part in parts] == [15, 25, 60]
+    data = split.data
+    parts = [texts(part) for part in (heldout.path, data.calibration, data.training, data.validation)]
+    assert [len(part) for part in parts] == [15, 25, 54, 6]
     assert sorted(text for part in parts for text in part) == sorted(documents)
     assert (split.data.name, heldout.name, split.data.length, split.notices) == ("legal", "legal", 64, ())
 
@@ -41,7 +42,8 @@ def test_the_split_is_the_same_every_time(tmp_path, documents):
 def test_copies_of_a_document_do_not_get_into_two_parts(tmp_path, documents):
     copies = [f"  {document}\n" for document in documents]
     split = split_files(tmp_path / "parts", [write(tmp_path / "legal.jsonl", documents + copies)])
-    parts = [texts(part) for part in (split.data.heldout[0].path, split.data.calibration, split.data.training)]
+    data = split.data
+    parts = [texts(part) for part in (data.heldout[0].path, data.calibration, data.training, data.validation)]
     assert len({" ".join(text.split()) for part in parts for text in part}) == sum(map(len, parts)) == 100
     assert "100 of the 200 documents" in split.notices[0]
 
@@ -58,8 +60,15 @@ def test_held_out_files_of_their_own_are_corpora_without_what_is_in_the_data(tmp
     held = write(tmp_path / "general.jsonl", ["something else", documents[3]])
     split = split_files(tmp_path / "parts", [write(tmp_path / "law.jsonl", documents[:5])], [held])
     assert texts(split.data.heldout[0].path) == ["something else"] and split.data.heldout[0].name == "general"
-    assert len(texts(split.data.calibration)) + len(texts(split.data.training)) == 5
+    parts = (split.data.calibration, split.data.training, split.data.validation)
+    assert sorted(text for part in parts for text in texts(part)) == documents[:5]
     assert "1 of the 2 documents" in split.notices[0]
+
+
+def test_of_a_single_training_document_none_is_kept_for_validation(tmp_path, documents):
+    held = write(tmp_path / "general.jsonl", ["something else"])
+    data = split_files(tmp_path / "parts", [write(tmp_path / "law.jsonl", documents[:2])], [held]).data
+    assert data.validation is None and len(texts(data.training)) == 1
 
 
 def test_messages_stay_messages(tmp_path):
@@ -85,8 +94,15 @@ def test_data_that_cannot_be_split_is_refused(tmp_path, documents, heldout, said
 
 
 def test_written_parts_may_not_share_a_document(tmp_path):
-    data = write_data(tmp_path, "law", ["a"], ["b"], [Corpus("law", ["c"]), Corpus("general", ["d", "e"])], samples=4)
+    corpora = [Corpus("law", ["c"]), Corpus("general", ["d", "e"])]
+    data = write_data(tmp_path, "law", ["a"], ["b"], corpora, ["f"], samples=4)
     assert [texts(one.path) for one in data.heldout] == [["c"], ["d", "e"]] and data.samples == 4
+    assert texts(data.validation) == ["f"] and write_data(tmp_path, "law", ["a"], ["b"], corpora).validation is None
+    for known in ("a ", " b"):
+        with pytest.raises(EfxError, match="validation document of law is among its calibration or training documents"):
+            write_data(tmp_path, "law", ["a"], ["b"], corpora, [known])
+    with pytest.raises(EfxError, match="held-out document of law is among"):
+        write_data(tmp_path, "law", ["a"], ["b"], corpora, ["c"])
     with pytest.raises(EfxError, match="held-out document of general is among"):
         write_data(tmp_path, "law", ["a"], ["b"], [Corpus("general", ["b "])])
     with pytest.raises(EfxError, match="training of law has no documents"):

@@ -56,6 +56,14 @@ def test_data_without_a_held_out_part_is_refused(request_, tmp_path):
         replace(request_, data=(str(tmp_path / "few.jsonl"),)).split()
 
 
+def test_training_without_documents_to_choose_rates_on_is_refused(request_, tmp_path):
+    (tmp_path / "few.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    few = replace(request_, data=(str(tmp_path / "few.jsonl"),), heldout=request_.data)
+    assert few.checked().split().data.validation is None
+    with pytest.raises(EfxError, match=r"expert chooses its learning rate on documents of their own, and .*few\.jsonl"):
+        replace(few, pipelines=("lora", "expert")).checked().split()
+
+
 def test_the_base_model_needs_no_adapter(request_):
     assert replace(request_, adapter=None, pipelines=("base",)).checked().adapter is None
 

@@ -23,7 +23,10 @@ class PipelineTask:
         model: directory of the base model, with its tokenizer.
         adapter: directory of a LoRA adapter for it; None where the comparison has none.
         calibration: int64 [sequences, length] of token ids of the domain, chosen by the seed; none for dense pipelines.
-        training: int64 [n, length] of token ids of the domain, all that a trained pipeline may see, chosen by the seed.
+        training: int64 [n, length] of token ids of the domain, all that a trained pipeline may train on, chosen by the
+            seed.
+        validation: int64 [n, length] of token ids of other documents of the domain, on which a trained pipeline chooses
+            its learning rate; none for pipelines that do not train, as in `training`.
         sparsity: fraction of the weights to prune in every linear layer inside the decoder blocks, the target layers.
         mask_structure: "N:M", or "0:0" for unstructured.
         seed: of all that is random.
@@ -36,6 +39,7 @@ class PipelineTask:
     adapter: Path | None
     calibration: "LongTensor"
     training: "LongTensor"
+    validation: "LongTensor"
     sparsity: float
     mask_structure: str
     seed: int

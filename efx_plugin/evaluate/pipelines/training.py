@@ -1,7 +1,7 @@
 """How every trained pipeline trains: a new LoRA adapter, the same tokens, and the same choice of learning rates.
 
-A part of the training sequences is kept for validation. Each rate trains an expert of its own on the rest, once over
-it, and the one that predicts the validation part best is the pipeline's result.
+Each rate trains an expert of its own, once over the training sequences, and the one that predicts the validation
+sequences best is the pipeline's result. No document is in both.
 """
 
 import math
@@ -23,10 +23,6 @@ from transformers import (
 from efx_plugin.errors import EfxError
 from efx_plugin.evaluate.pipelines.draft import Draft
 from efx_plugin.evaluate.pipelines.protocol import PipelineResult, PipelineTask
-
-# The part of the training sequences that rates are chosen on.
-_VALIDATION = 0.1
-
 
 # Arguments of every trained pipeline: the rates to choose from, at their peak, and the sequences of a step.
 CHOICES: dict[str, Any] = {"learning_rates": (3e-4, 1e-3, 3e-3), "batch_size": 4}
@@ -52,11 +48,11 @@ def adapt(draft: Draft) -> None:
 
 
 def train(draft: Draft, rate: float, callbacks: Sequence[TrainerCallback] = ()) -> None:
-    """Train the adapter of a draft on the task's training sequences but those for validation.
+    """Train the adapter of a draft on the task's training sequences.
 
     The rate rises over the first tenth of the steps and falls to zero, both linearly.
     """
-    task, (sequences, _) = draft.task, split(draft.task)
+    task, sequences = draft.task, draft.task.training
     batch_size = task.arguments.get("batch_size", CHOICES["batch_size"])
     trainer = Trainer(
         model=draft.network,
@@ -91,12 +87,16 @@ def best_of_rates(task: PipelineTask, make: Callable[[float], Draft], *notes: st
     Args:
         make: trains at a rate, from the start, and leaves a sparse model.
         notes: for the result.
+
+    Raises:
+        EfxError: there are no validation sequences.
     """
-    training, validation = split(task)
+    if not len(task.validation):
+        raise EfxError("there is no validation text to choose the learning rate on: pass more documents")
     path, losses = task.output / "best.pt", dict[float, float]()
     for rate in task.arguments.get("learning_rates", CHOICES["learning_rates"]):
         draft = make(rate)
-        losses[rate] = validation_loss(draft.merge(), validation)
+        losses[rate] = validation_loss(draft.merge(), task.validation)
         if losses[rate] <= min(losses.values()):
             torch.save(draft.network.state_dict(), path)
     best = min(losses, key=losses.__getitem__)
@@ -105,28 +105,12 @@ def best_of_rates(task: PipelineTask, make: Callable[[float], Draft], *notes: st
     perplexities = ", ".join(f"{math.exp(loss):.2f} at {rate:g}" for rate, loss in losses.items())
     draft.notes += [
         *notes,
-        f"trained on {training.numel():,} tokens with the learning rate {best:g}, chosen by perplexity on "
-        f"{validation.numel():,} others: {perplexities}",
+        f"trained on {task.training.numel():,} tokens with the learning rate {best:g}, chosen by perplexity on "
+        f"{task.validation.numel():,} of other documents: {perplexities}",
     ]
     if len(losses) > 1 and best in (min(losses), max(losses)):
         draft.notes.append("the chosen learning rate is at an end of the range that was tried")
     return draft.finish()
-
-
-def split(task: PipelineTask) -> tuple[Tensor, Tensor]:
-    """The training sequences to train on, and those for validation, which are the last ones.
-
-    Raises:
-        EfxError: there are fewer than two.
-    """
-    count, length = task.training.shape
-    if count < 2:
-        raise EfxError(
-            f"the training text gives {count} sequence of {length} tokens, and it takes a second one to choose the "
-            "learning rate on: pass more training text, or a smaller length"
-        )
-    kept = count - max(1, round(_VALIDATION * count))
-    return task.training[:kept], task.training[kept:]
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ def task(tmp_path_factory):
     adapted = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     adapted.save_pretrained(folder / "adapter")
     tokens = torch.randint(3, 128, (2, 16))
-    return PipelineTask(model, folder / "adapter", tokens, tokens, 0.0, "0:0", 0, folder / "output")
+    return PipelineTask(model, folder / "adapter", tokens, tokens, tokens, 0.0, "0:0", 0, folder / "output")
 
 
 def test_base_is_the_stored_model(task):
