@@ -4,6 +4,7 @@ Nothing here imports torch: each command imports what it runs, so that `efx --he
 """
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -333,7 +334,9 @@ def compare(
     from efx_plugin.evaluate.grid import model_folder, run_grid, unfinished
     from efx_plugin.evaluate.speed import REFERENCE, measure
 
-    cells = request.cells(split.data)
+    # llm-compressor tells the stdout that it finds when it is imported of its device, and it computes nothing here.
+    with contextlib.redirect_stdout(io.StringIO()):
+        cells = request.cells(split.data)
     if unfinished(cells, request.cache):  # every cell would fail of an adapter that does not fit
         from efx_plugin.model.loading import inspect_sources
 

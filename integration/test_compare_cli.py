@@ -106,10 +106,11 @@ def test_what_cannot_be_compared_ends_in_one_sentence(folder, tmp_path, monkeypa
 
 def test_a_cell_that_fails_is_named_at_the_end(folder, tmp_path):
     """The structure does not divide the inputs of down_proj."""
-    options = ["--pipelines", "lora", "lora+expert", "--sparsity", "3:7", "--json"]
+    options = ["--pipelines", "lora", "lora+w3", "lora+expert", "--sparsity", "3:7", "--json"]
     result = efx(arguments(folder, tmp_path / "cache", *options))
     assert result.returncode == 1
-    assert [row["pipeline"] for row in json.loads(result.stdout)["rows"]] == ["lora"]
+    rows = json.loads(result.stdout)["rows"]
+    assert [(row["pipeline"], row["arguments"]) for row in rows] == [("lora", {}), ("lora+w3", {"group": 32})]
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("efx: 1 of 2 cells failed, first lora+expert 3:7 domain, seed 0: ") and ".log" in last
+    assert last.startswith("efx: 1 of 3 cells failed, first lora+expert 3:7 domain, seed 0: ") and ".log" in last
     assert os.path.isfile(last.rpartition("its log is ")[2])

@@ -128,10 +128,7 @@ class CompareRequest:
         groups = PIPELINES[pipeline].groups
         if not groups:
             return [()]
-        from efx_plugin.engine.blocks import linears_in_blocks
-        from efx_plugin.model.loading import inspect_sources
-
-        widths = {layer.base.in_features for layer in linears_in_blocks(inspect_sources(self.model, None).skeleton)}
+        widths = _input_widths(self.model)
         fitting = [group for group in groups if all(width % group == 0 for width in widths)]
         return [(("group", group),) for group in fitting] or [()]
 
@@ -152,6 +149,14 @@ class CompareRequest:
         if family == "quantized":
             return [(0.0, "0:0", seed)]
         return [(*parse_sparsity(text), seed) for text in self.sparsities]
+
+
+def _input_widths(model: Path) -> set[int]:
+    """Numbers of inputs that the target layers of a model have."""
+    from efx_plugin.engine.blocks import linears_in_blocks
+    from efx_plugin.model.loading import inspect_sources
+
+    return {layer.base.in_features for layer in linears_in_blocks(inspect_sources(model, None).skeleton)}
 
 
 def parse_sparsity(text: str) -> tuple[float, str]:
