@@ -286,6 +286,11 @@ def compare(
         Path | None,
         typer.Option(help="Folder of results; what is there is not run again.", show_default="~/.cache/efx/compare"),
     ] = None,
+    other_adapter: Annotated[
+        Path | None,
+        typer.Option(help="Adapter of a second domain: masks of the two are compared, at the first sparsity."),
+    ] = None,
+    other_data: Annotated[list[str] | None, typer.Option(metavar="FILE...", help="Text of the second domain.")] = None,
     serve: Annotated[
         str | None,
         typer.Option(
@@ -318,6 +323,8 @@ def compare(
         tasks=_names(tasks),
         task_data=task_data,
         text_field=text_field,
+        other_adapter=other_adapter,
+        other_data=tuple(other_data or ()),
         serve=serve,
         samples=samples,
         length=length,
@@ -327,8 +334,9 @@ def compare(
     if html is not None:
         refuse_html(html)
     split = request.split()
+    other = request.split_other(split.data)
     console = Console(stderr=True, quiet=quiet)
-    for notice in split.notices:
+    for notice in (*split.notices, *(other.notices if other else ())):
         console.print(notice, highlight=False, markup=False)
     _choose_device(device)
     from efx_plugin.evaluate.grid import model_folder, run_grid, unfinished
@@ -337,16 +345,19 @@ def compare(
     # llm-compressor tells the stdout that it finds when it is imported of its device, and it computes nothing here.
     with contextlib.redirect_stdout(io.StringIO()):
         cells = request.cells(split.data)
-    if unfinished(cells, request.cache):  # every cell would fail of an adapter that does not fit
+    domains = request.domain_cells(split.data, other.data if other else None)
+    if unfinished([*cells, *domains], request.cache):  # every cell would fail of an adapter that does not fit
         from efx_plugin.model.loading import inspect_sources
 
         inspect_sources(request.model, request.adapter)
+        if domains:
+            inspect_sources(request.model, request.other_adapter)
         if request.tasks:
             from efx_plugin.evaluate.tasks import check
 
             check(request.tasks, data=request.task_data)
     served = request.served(cells)
-    report = run_grid(cells, request.cache, progress=not quiet, keep=tuple(served.values()))
+    report = run_grid(cells, request.cache, progress=not quiet, keep=tuple(served.values()), domains=domains)
     unserved: EfxError | None = None
     if serve is not None and not report.failures:
         console.print("timing in vLLM", highlight=False)

@@ -1,9 +1,10 @@
 """`make compare`: the domain benchmark, every pipeline on real models and real text of two domains.
 
 Legal text is licences, health text definitions of phenotypes; what an expert keeps and forgets shows on ICD-10-CM,
-glosses of WordNet and presidential addresses. Each model gets a dense adapter for each domain, whose learning rate is
-chosen on validation text. Quick mode is one model, half of the weights pruned, one seed. Full mode takes many
-sittings: what is done lies in build/compare/cache and is not done again.
+glosses of WordNet and presidential addresses, and whether the domains need other weights in their masks side by side.
+Each model gets a dense adapter for each domain, whose learning rate is chosen on validation text. Quick mode is one
+model, half of the weights pruned, one seed. Full mode takes many sittings: what is done lies in build/compare/cache and
+is not done again.
 """
 
 import argparse
@@ -22,11 +23,12 @@ from efx_plugin.compress.calibration import sequences, start_of_text, tokens_of
 from efx_plugin.compress.documents import Document
 from efx_plugin.evaluate.cell import Cell, Data, file_hash
 from efx_plugin.evaluate.data import Corpus, write_atomically, write_data
+from efx_plugin.evaluate.domains import Domain, DomainCell
 from efx_plugin.evaluate.grid import run_grid
 from efx_plugin.evaluate.html import write_html
 from efx_plugin.evaluate.pipelines.registry import PIPELINES
 from efx_plugin.evaluate.report import Report
-from efx_plugin.evaluate.request import CompareRequest
+from efx_plugin.evaluate.request import MASKS_BY, CompareRequest, parse_sparsity
 from efx_plugin.evaluate.table import show
 from integration.assets import smollm2, splits_with_validation
 from integration.domain_tasks import task_files
@@ -110,7 +112,10 @@ def compare(budget: Budget, domains: Sequence[str], pipelines: Sequence[str], ou
         cell for name in budget.models for domain in domains for cell in cells(budget, name, domain, pipelines, output)
     ]
     made.sort(key=lambda cell: cell.seed)  # the first table is whole early
-    report = run_grid(made, output / "cache")
+    masks = []
+    if len(domains) > 1 and MASKS_BY in pipelines:
+        masks = [mask_cell(budget, name, domains, output) for name in budget.models if name != "scratch"]
+    report = run_grid(made, output / "cache", domains=masks)
     write_atomically(output / "report.json", (json.dumps(report.as_json(), indent=1) + "\n").encode())
     write_html(report, output / "report.html")
     Console(stderr=True).print(f"{output / 'report.json'} and report.html", highlight=False)
@@ -141,6 +146,16 @@ def cells(budget: Budget, model: str, domain: str, pipelines: Sequence[str], out
     for cell in request.cells(data):
         trained = PIPELINES[cell.pipeline].needs_training
         yield replace(cell, arguments=(("learning_rates", budget.learning_rates),)) if trained else cell
+
+
+def mask_cell(budget: Budget, model: str, domains: Sequence[str], output: Path = OUTPUT) -> DomainCell:
+    """The comparison of the masks that our pipeline chooses for each domain, at 50 % where that is asked for."""
+    directory, made = MODELS[model](), []
+    for domain in domains:
+        data = domain_data(budget, domain, output)
+        made.append(Domain(domain_adapter(budget, model, directory, domain, data, output), data))
+    sparsity = ".5" if ".5" in budget.sparsities else budget.sparsities[0]
+    return DomainCell(directory, tuple(made), MASKS_BY, *parse_sparsity(sparsity))
 
 
 def domain_data(budget: Budget, domain: str, output: Path = OUTPUT) -> Data:

@@ -12,7 +12,7 @@ from tests.support.tiny_llama import save_tiny_llama
 pytestmark = pytest.mark.integration
 
 TINY = Budget(("tiny",), (".5",), 1, (1e-3,), 4, 32, 256, 128, 4)
-PIPELINES = ["base", "lora", "lora+magnitude"]
+PIPELINES = ["base", "lora", "lora+magnitude", "lora+expert"]
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,8 @@ def test_the_report_holds_every_pipeline_in_both_domains(report, output):
     assert {(row["data"], row["pipeline"]) for row in rows} == {
         (domain, name) for domain in ("legal", "health") for name in PIPELINES
     }
+    (masks,) = json.loads((output / "report.json").read_text())["summary"]["domains"]
+    assert masks["domains"] == ["legal", "health"] and masks["sparsity"] == "50 %" and len(masks["cross"]) == 8
     keys = {"model", "pipeline", "sparsity", "corpus", "seed", "perplexity", "recovery", "accuracy"}
     assert all(row.keys() >= keys | {"bits_per_weight", "seconds", "peak_mb"} for row in rows)
     for domain, (corpora, _) in compare.DOMAINS.items():
@@ -70,7 +72,7 @@ def test_what_is_done_is_not_done_again(report, output, monkeypatch):
     monkeypatch.setattr(compare, "train_lora", refuse)
     monkeypatch.setattr("efx_plugin.evaluate.grid._run", refuse)
     again = compare.compare(TINY, ["legal", "health"], PIPELINES, output)
-    assert again.rows == report.rows
+    assert again.rows == report.rows and again.domains == report.domains
 
 
 def test_the_adapter_has_the_learning_rate_that_validates_best(output, report):

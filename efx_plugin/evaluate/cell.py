@@ -100,6 +100,11 @@ class Cell:
     arguments: tuple[tuple[str, Any], ...] = ()
 
     @property
+    def kind(self) -> str:
+        """What cells that take about as long have in common."""
+        return self.pipeline
+
+    @property
     def label(self) -> str:
         """What progress and errors call it."""
         parts = [pipeline_name(self.pipeline, self.arguments), self.data.name]
@@ -119,20 +124,18 @@ class Cell:
         if PIPELINES[self.pipeline].needs_training:
             data["validation"] = None if validation is None else file_hash(validation)
         inputs = {
-            "model": _directory_hash(self.model),
-            "adapter": None if self.adapter is None else _directory_hash(self.adapter),
+            "model": directory_hash(self.model),
+            "adapter": None if self.adapter is None else directory_hash(self.adapter),
             "pipeline": self.pipeline,
             "sparsity": self.sparsity,
             "mask_structure": self.mask_structure,
             "seed": self.seed,
             "data": data,
             "tasks": self.tasks,
-            "task_data": None if self.task_data is None else _directory_hash(self.task_data),
+            "task_data": None if self.task_data is None else directory_hash(self.task_data),
             "arguments": self.arguments,
-            "versions": versions(),
-            "revision": _REVISION,
         }
-        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+        return key_of(inputs)
 
     def as_json(self) -> dict[str, Any]:
         """Ready for `json.dumps`; `from_json` is the way back."""
@@ -141,20 +144,12 @@ class Cell:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Cell":
         """The cell that `as_json` has described."""
-        data = Data(**value["data"])
-        data = replace(
-            data,
-            calibration=Path(data.calibration),
-            training=Path(data.training),
-            validation=None if data.validation is None else Path(data.validation),
-            heldout=tuple(HeldOut(one["name"], Path(one["path"])) for one in value["data"]["heldout"]),
-        )
         return cls(
             **{
                 **value,
                 "model": Path(value["model"]),
                 "adapter": None if value["adapter"] is None else Path(value["adapter"]),
-                "data": data,
+                "data": data_from_json(value["data"]),
                 "tasks": tuple(value["tasks"]),
                 "task_data": None if value["task_data"] is None else Path(value["task_data"]),
                 "arguments": tuple((name, argument) for name, argument in value["arguments"]),
@@ -236,6 +231,25 @@ def pipeline_name(pipeline: str, arguments: Sequence[tuple[str, Any]]) -> str:
     return " ".join(filter(None, parts))
 
 
+def key_of(inputs: Mapping[str, Any]) -> str:
+    """64 hexadecimal digits of what a result depends on: inputs ready for `json.dumps`, the versions of the libraries,
+    and what results mean in this state of the source."""
+    everything = {**inputs, "versions": versions(), "revision": _REVISION}
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+
+
+def data_from_json(value: Mapping[str, Any]) -> Data:
+    """The data that `as_json` of a cell has described."""
+    data = Data(**value)
+    return replace(
+        data,
+        calibration=Path(data.calibration),
+        training=Path(data.training),
+        validation=None if data.validation is None else Path(data.validation),
+        heldout=tuple(HeldOut(one["name"], Path(one["path"])) for one in value["heldout"]),
+    )
+
+
 def versions() -> dict[str, str]:
     """Of the libraries that a result depends on, as far as they are installed."""
     found = {}
@@ -268,7 +282,7 @@ def _hash(path: Path, _size: int, _changed: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _directory_hash(directory: Path) -> dict[str, str]:
+def directory_hash(directory: Path) -> dict[str, str]:
     """Hashes of the files of a folder, by name; hidden files and folders do not count."""
     files = (path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith("."))
     return {path.name: file_hash(path) for path in files}

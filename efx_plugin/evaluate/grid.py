@@ -20,6 +20,7 @@ from rich.text import Text
 from efx_plugin.errors import EfxError
 from efx_plugin.evaluate.cell import Cell, CellResult
 from efx_plugin.evaluate.data import write_atomically
+from efx_plugin.evaluate.domains import DomainCell, DomainFinding, DomainResult
 from efx_plugin.evaluate.report import Failure, Finding, Report, build
 
 _RUNNER = "efx_plugin.evaluate.run_cell"
@@ -27,7 +28,13 @@ _RUNNER = "efx_plugin.evaluate.run_cell"
 _ENVIRONMENT = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
-def run_grid(cells: Sequence[Cell], cache: Path, progress: bool = True, keep: Collection[Cell] = ()) -> Report:
+def run_grid(
+    cells: Sequence[Cell],
+    cache: Path,
+    progress: bool = True,
+    keep: Collection[Cell] = (),
+    domains: Sequence[DomainCell] = (),
+) -> Report:
     """Run every cell that the cache does not hold, one after the other, and report on all of them.
 
     Args:
@@ -35,16 +42,23 @@ def run_grid(cells: Sequence[Cell], cache: Path, progress: bool = True, keep: Co
         cache: folder of results, `KEY.json` each; it is made where it is missing.
         progress: show a bar with the time that is left, and a line for each cell, on stderr.
         keep: of the cells, those whose model is kept in `model_folder`; they run again where it is missing.
+        domains: comparisons of the masks of domains, which run last.
 
     Raises:
         EfxError: interrupted from the keyboard, or the cache cannot be written to.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    wanted = {cell.key(): cell for cell in cells}
-    again = {key for key, cell in wanted.items() if cell in keep and not model_folder(cache, cell).is_dir()}
-    found = {key: result for key in wanted if key not in again and (result := _read(cache, key)) is not None}
+    everything: list[Cell | DomainCell] = [*cells, *domains]
+    wanted = {cell.key(): cell for cell in everything}
+    kept = {key: model_folder(cache, cell) for key, cell in wanted.items() if cell in keep and isinstance(cell, Cell)}
+    again = {key for key, folder in kept.items() if not folder.is_dir()}
+    found = {
+        key: result
+        for key, cell in wanted.items()
+        if key not in again and (result := _read(cache, key, cell)) is not None
+    }
     todo = {key: cell for key, cell in wanted.items() if key not in found}
-    clock = _Clock([(wanted[key], one.seconds + one.seconds_evaluation) for key, one in found.items()])
+    clock = _Clock([(wanted[key], one.seconds + getattr(one, "seconds_evaluation", 0.0)) for key, one in found.items()])
     failed: list[Failure] = []
     with _bar(clock, progress) as bar:
         if found:
@@ -54,8 +68,7 @@ def run_grid(cells: Sequence[Cell], cache: Path, progress: bool = True, keep: Co
             clock.remaining = list(todo.values())[number:]
             bar.update(task, description=cell.label)
             started = clock.started = time.monotonic()
-            kept = model_folder(cache, cell) if cell in keep else None
-            outcome = _run(cell, key, cache, kept, f"{len(todo) - number} of {len(wanted)} cells are left")
+            outcome = _run(cell, key, cache, kept.get(key), f"{len(todo) - number} of {len(wanted)} cells are left")
             seconds = time.monotonic() - started
             if isinstance(outcome, Failure):
                 failed.append(outcome)
@@ -65,10 +78,17 @@ def run_grid(cells: Sequence[Cell], cache: Path, progress: bool = True, keep: Co
                 clock.measured.append((cell, seconds))
                 bar.console.print(f"{_say(cell, outcome)} ({seconds:.0f} s)", highlight=False, markup=False)
             bar.advance(task)
-    return build([Finding(wanted[key], one, cache / f"{key}.npz") for key, one in found.items()], failed)
+    findings, masks = list[Finding](), list[DomainFinding]()
+    for key, result in found.items():
+        cell = wanted[key]
+        if isinstance(cell, Cell) and isinstance(result, CellResult):
+            findings.append(Finding(cell, result, cache / f"{key}.npz"))
+        elif isinstance(cell, DomainCell) and isinstance(result, DomainResult):
+            masks.append(DomainFinding(cell, result))
+    return build(findings, failed, masks)
 
 
-def unfinished(cells: Sequence[Cell], cache: Path) -> list[Cell]:
+def unfinished(cells: Sequence[Cell | DomainCell], cache: Path) -> list[Cell | DomainCell]:
     """The cells that `run_grid` would run."""
     return [cell for cell in cells if not _result(cache, cell.key()).is_file()]
 
@@ -82,14 +102,17 @@ def _result(cache: Path, key: str) -> Path:
     return cache / f"{key}.json"
 
 
-def _read(cache: Path, key: str) -> CellResult | None:
+def _read(cache: Path, key: str, cell: Cell | DomainCell) -> CellResult | DomainResult | None:
     path = _result(cache, key)
     if not path.is_file():
         return None
-    return CellResult.from_json(json.loads(path.read_text())["result"])
+    value = json.loads(path.read_text())["result"]
+    return CellResult.from_json(value) if isinstance(cell, Cell) else DomainResult.from_json(value)
 
 
-def _run(cell: Cell, key: str, cache: Path, kept: Path | None, left: str) -> CellResult | Failure:
+def _run(
+    cell: Cell | DomainCell, key: str, cache: Path, kept: Path | None, left: str
+) -> CellResult | DomainResult | Failure:
     request, log = cache / f"{key}.request.json", cache / f"{key}.log"
     write_atomically(request, json.dumps(cell.as_json()).encode())
     command = [sys.executable, "-m", _RUNNER, str(request), str(_result(cache, key))]
@@ -103,7 +126,7 @@ def _run(cell: Cell, key: str, cache: Path, kept: Path | None, left: str) -> Cel
             child.wait()
             raise EfxError(f"interrupted; {left}: the same command goes on from there") from error
     request.unlink()
-    if code == 0 and (result := _read(cache, key)) is not None:
+    if code == 0 and (result := _read(cache, key, cell)) is not None:
         return result
     return Failure(cell.label, _reason(code, log), str(log))
 
@@ -118,17 +141,19 @@ def _reason(code: int, log: Path) -> str:
     return said.removeprefix("efx: ")
 
 
-def _say(cell: Cell, result: CellResult) -> str:
+def _say(cell: Cell | DomainCell, result: CellResult | DomainResult) -> str:
+    if isinstance(result, DomainResult):
+        return f"{cell.label}: {len(result.overlaps)} pairs of masks, {len(result.cross)} repaired experts"
     perplexities = ", ".join(f"{name} {losses.perplexity:.2f}" for name, losses in result.corpora.items())
     return f"{cell.label}: perplexity {perplexities}"
 
 
 class _Clock:
-    """How long the remaining cells are going to take, by those of the same pipeline, else by all that were measured."""
+    """How long the remaining cells are going to take, by those of the same kind, else by all that were measured."""
 
-    def __init__(self, measured: list[tuple[Cell, float]]) -> None:
+    def __init__(self, measured: list[tuple[Cell | DomainCell, float]]) -> None:
         self.measured = measured
-        self.remaining: list[Cell] = []
+        self.remaining: list[Cell | DomainCell] = []
         self.started = 0.0
 
     def left(self) -> float | None:
@@ -139,8 +164,8 @@ class _Clock:
         running = max(0.0, expected[0] - (time.monotonic() - self.started)) if expected else 0.0
         return running + sum(expected[1:])
 
-    def _expected(self, cell: Cell) -> float:
-        alike = [seconds for other, seconds in self.measured if other.pipeline == cell.pipeline]
+    def _expected(self, cell: Cell | DomainCell) -> float:
+        alike = [seconds for other, seconds in self.measured if other.kind == cell.kind]
         seconds = alike or [seconds for _, seconds in self.measured]
         return sum(seconds) / len(seconds)
 

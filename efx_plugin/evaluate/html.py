@@ -7,7 +7,7 @@ from pathlib import Path
 from efx_plugin.errors import EfxError
 from efx_plugin.evaluate.data import write_atomically
 from efx_plugin.evaluate.report import DEFINITIONS, Report
-from efx_plugin.evaluate.table import TextTable, tables
+from efx_plugin.evaluate.table import TextTable, domain_tables, tables
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222 }
@@ -54,7 +54,7 @@ def page(report: Report) -> str:
 
     body = ["<h1>Sparse experts and their rivals</h1>"]
     body += [_failures(report)] if report.failures else []
-    body += [_table(table) for table in tables(report, every_corpus=True)]
+    body += [_table(table) for table in [*tables(report, every_corpus=True), *domain_tables(report)]]
     body += [f"<figure><figcaption>{escape(name)}</figcaption>{svg}</figure>" for name, svg in pictures(report).items()]
     body.append("<h2>What the numbers are</h2>" + _definitions(DEFINITIONS.items()))
     conditions = (

@@ -48,7 +48,8 @@ def analyse(
     """Compare the masks of several domains.
 
     Args:
-        tasks: by name of the domain: one model and one sparsity, an adapter and calibration sequences of each domain.
+        tasks: by name of the domain: one model and one sparsity, an adapter and calibration sequences of each domain,
+            and a folder for each.
         pipeline: what chooses the masks, such as `lora+expert`, on each half of a domain's calibration sequences.
         perplexity: on held-out text of the named domain.
 
@@ -66,7 +67,7 @@ def analyse(
             raise EfxError(f"{domain} has a single calibration sequence, and masks are chosen on two halves: pass more")
         halves: Any = task.calibration.chunk(2)
         for half, calibration in enumerate(halves, start=1):
-            output = task.output / f"{domain}-{half}"
+            output = task.output / f"half-{half}"
             output.mkdir()
             masks[domain, half] = masks_of(pipeline.run(replace(task, calibration=calibration, output=output)).model)
     return {

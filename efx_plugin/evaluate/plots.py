@@ -5,6 +5,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from statistics import mean
 from typing import Any
 
 import matplotlib
@@ -15,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator, ScalarFormatter
 
+from efx_plugin.evaluate.domains import halves_and_domains
 from efx_plugin.evaluate.report import Line, Report
 
 _MARKERS = {"dense": "s", "one-shot": "o", "quantized": "D", "sparse and quantized": "P", "trained": "^"}
@@ -42,6 +44,11 @@ def pictures(report: Report) -> dict[str, str]:
                     found[f"{where}: {label} by decoder block"] = picture
         if picture := _overlaps(report):
             found["mask overlap: kept weights that two lines share, of all that either keeps"] = picture
+        for one in report.domains:
+            names = " and ".join(one["domains"])
+            found[
+                f"{one['model']}: masks of {names} by {one['pipeline']} {one['sparsity']}, overlap by decoder block"
+            ] = _domains(one)
     return found
 
 
@@ -140,6 +147,25 @@ def _overlaps(report: Report) -> str | None:
                     color = "black" if value > 0.6 else "white"
                     axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
     figure.colorbar(image)
+    return _svg(figure)
+
+
+def _domains(found: dict[str, Any]) -> str:
+    """Means over the pairs of masks, in each block."""
+    within, across = halves_and_domains(found["overlaps"])
+    everything = [pair for pairs in across.values() for pair in pairs]
+    lines = [(f"{name}, on halves of its text", pairs, "iou") for name, pairs in within.items()]
+    lines += [(" and ".join(names), pairs, "iou") for names, pairs in across.items()]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, pairs, share in [*lines, ("by chance", everything, "chance")]:
+        blocks = list(pairs[0]["by_block"])
+        values = [mean(pair["by_block"][block][share] for pair in pairs) for block in blocks]
+        style: Any = {"linestyle": ":", "color": "gray"} if share == "chance" else {"marker": "."}
+        axes.plot([int(block) for block in blocks], values, label=name, **style)
+    axes.set_xlabel("decoder block")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel("weights that both keep, of those that either keeps")
+    axes.legend(fontsize=7)
     return _svg(figure)
 
 

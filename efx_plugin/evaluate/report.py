@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from efx_plugin.evaluate.cell import Cell, CellResult, pipeline_name, sparsity_name
+from efx_plugin.evaluate.domains import DomainFinding
 from efx_plugin.evaluate.mask_samples import overlap
 from efx_plugin.evaluate.pipelines.registry import PIPELINES
 from efx_plugin.evaluate.speed import Speed
@@ -37,6 +38,10 @@ DEFINITIONS = {
     "and then quantized to 4 bits is stored and served dense, zeros and all",
     "seconds": "of the pipeline, loading included and evaluation not",
     "tokens/s": "generated in vLLM by so many requests at once, and how many times those of lora, measured in turn",
+    "masks of domains": "of the kept weights of two masks those that both keep, over those that either keeps; masks of "
+    "one domain, chosen on two halves of its calibration text, say how much of a difference between domains is chance, "
+    "and by chance is what random masks would have; each dense expert is then pruned by each mask and repaired on its "
+    "own text alike, and foreign over own is its perplexity under masks of other domains over that under its own",
     "MB": "largest resident memory of the process up to the end of the pipeline",
 }
 
@@ -125,7 +130,7 @@ class Report:
     """Everything that a comparison found.
 
     Attributes:
-        cells: number of cells that were found or run.
+        cells: number of cells that were found or run, comparisons of masks among them.
         rows: one for each cell and corpus, with the keys that `report.json` has.
         lines: over seeds.
         failures: the cells that failed.
@@ -133,6 +138,7 @@ class Report:
         overlaps: of every two lines of one model with masks, by their names, the overlap by layer.
         conditions: what holds for all of it.
         speeds: by the name of a line and the number of requests, where they were measured.
+        domains: comparisons of the masks of domains, see `DomainFinding.as_json`.
     """
 
     cells: int
@@ -143,6 +149,7 @@ class Report:
     overlaps: list[dict[str, Any]]
     conditions: dict[str, Any]
     speeds: Mapping[str, Mapping[int, Speed]] = field(default_factory=dict)
+    domains: list[dict[str, Any]] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """`rows` and `summary`, ready for `json.dumps`."""
@@ -153,12 +160,13 @@ class Report:
             "overlaps": self.overlaps,
             "conditions": self.conditions,
             "speeds": {name: {str(n): asdict(one) for n, one in line.items()} for name, line in self.speeds.items()},
+            "domains": self.domains,
             "definitions": DEFINITIONS,
         }
         return {"rows": self.rows, "summary": summary}
 
 
-def build(findings: Sequence[Finding], failures: Sequence[Failure]) -> Report:
+def build(findings: Sequence[Finding], failures: Sequence[Failure], domains: Sequence[DomainFinding] = ()) -> Report:
     """The report on what cells have found."""
     order = {name: number for number, name in enumerate(PIPELINES)}
     findings = sorted(findings, key=lambda one: (str(one.cell.model), one.cell.data.name, one.cell.seed))
@@ -169,13 +177,14 @@ def build(findings: Sequence[Finding], failures: Sequence[Failure]) -> Report:
     lines = [_line(group, ordered) for group in ordered]
     first = {line.name: group[0] for line, group in zip(lines, ordered, strict=True)}
     return Report(
-        cells=len(findings),
+        cells=len(findings) + len(domains),
         rows=[row for finding in findings for row in _rows(finding, findings)],
         lines=lines,
         failures=list(failures),
         layers={name: finding.result.layers for name, finding in first.items() if finding.result.layers},
         overlaps=_overlaps(first),
         conditions=_conditions(findings),
+        domains=[finding.as_json() for finding in domains],
     )
 
 

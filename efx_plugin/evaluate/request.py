@@ -10,8 +10,12 @@ from efx_plugin.compress.request import find_directory, is_hub_name, refuse_data
 from efx_plugin.errors import EfxError, UsageError
 from efx_plugin.evaluate.cell import Cell, Data, sparsity_name
 from efx_plugin.evaluate.data import Split, split_files
+from efx_plugin.evaluate.domains import Domain, DomainCell
 from efx_plugin.evaluate.pipelines.registry import PIPELINES
 from efx_plugin.evaluate.speed import REFERENCE, refuse_python
+
+# The pipeline whose masks of two domains are compared.
+MASKS_BY = "lora+expert"
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class CompareRequest:
         tasks, task_data: lm-eval tasks to score, and the folder of those that read local files.
         cache: folder of results.
         text_field: the field of the data that holds the text; None for the usual names, see `content_of`.
+        other_adapter, other_data: of a second domain, whose masks are compared with those of the first.
         serve: python of an environment with vLLM, to time in what is made; None for none.
         samples, length, training_tokens, heldout_tokens: see `Data`.
     """
@@ -44,6 +49,8 @@ class CompareRequest:
     tasks: tuple[str, ...] = ()
     task_data: Path | None = None
     text_field: str | None = None
+    other_adapter: Path | None = None
+    other_data: tuple[str, ...] = ()
     serve: str | None = None
     samples: int = Data.samples
     length: int = Data.length
@@ -67,20 +74,28 @@ class CompareRequest:
             raise UsageError(
                 f"{needy[0]} starts from an adapter: pass --adapter DIRECTORY, or --pipelines that need none ({others})"
             )
+        if (self.other_adapter is None) != (not self.other_data):
+            raise UsageError("--other-adapter and --other-data are of one domain: pass both or neither")
+        if self.other_adapter is not None and self.adapter is None:
+            raise UsageError("masks of two domains are compared with an adapter for each: pass --adapter too")
         if self.serve is not None:
             if REFERENCE not in chosen:
                 raise UsageError(f"--serve times what is made beside {REFERENCE}: add {REFERENCE} to --pipelines")
             refuse_python(self.serve)
         for text in self.sparsities:
             parse_sparsity(text)
-        for option, files in (("--data", self.data), ("--heldout", self.heldout)):
+        for option, files in (("--data", self.data), ("--heldout", self.heldout), ("--other-data", self.other_data)):
             for file in files:
                 if not is_hub_name(file):
                     refuse_data_file(Path(file), option)
         if self.task_data is not None and not self.task_data.is_dir():
             raise UsageError(f"there is no directory {self.task_data}: pass the folder with the data of the tasks")
-        adapter = None if self.adapter is None else find_directory(self.adapter, "an adapter")
-        return replace(self, model=find_directory(self.model, "a model"), adapter=adapter, pipelines=chosen)
+        adapter, other = (
+            None if folder is None else find_directory(folder, "an adapter")
+            for folder in (self.adapter, self.other_adapter)
+        )
+        model = find_directory(self.model, "a model")
+        return replace(self, model=model, adapter=adapter, other_adapter=other, pipelines=chosen)
 
     def split(self) -> Split:
         """Split the data.
@@ -88,16 +103,7 @@ class CompareRequest:
         Raises:
             EfxError: it cannot be read or split, or is too little to choose learning rates on.
         """
-        split = split_files(
-            self.cache / "data",
-            self.data,
-            self.heldout,
-            text_field=self.text_field,
-            samples=self.samples,
-            length=self.length,
-            training_tokens=self.training_tokens,
-            heldout_tokens=self.heldout_tokens,
-        )
+        split = self._split(self.data, self.heldout)
         if split.data.validation is None and (
             trained := [one for one in self.pipelines if PIPELINES[one].needs_training]
         ):
@@ -106,6 +112,41 @@ class CompareRequest:
                 "that: pass more of them"
             )
         return split
+
+    def split_other(self, data: Data) -> Split | None:
+        """Split the data of the second domain, 15 % of the documents held out; None without one.
+
+        Args:
+            data: of the first.
+
+        Raises:
+            EfxError: it cannot be read or split, or is called as the first.
+        """
+        if not self.other_data:
+            return None
+        split = self._split(self.other_data, ())
+        if split.data.name == data.name:
+            raise EfxError(f"both domains are called {data.name} after their files: rename a file")
+        return split
+
+    def _split(self, files: Sequence[str], heldout: Sequence[str]) -> Split:
+        return split_files(
+            self.cache / "data",
+            files,
+            heldout,
+            text_field=self.text_field,
+            samples=self.samples,
+            length=self.length,
+            training_tokens=self.training_tokens,
+            heldout_tokens=self.heldout_tokens,
+        )
+
+    def domain_cells(self, data: Data, other: Data | None) -> list[DomainCell]:
+        """The comparison of the masks of both domains at the first of the sparsities, where there is a second."""
+        if other is None or self.adapter is None or self.other_adapter is None:
+            return []
+        domains = (Domain(self.adapter, data), Domain(self.other_adapter, other))
+        return [DomainCell(self.model, domains, MASKS_BY, *parse_sparsity(self.sparsities[0]))]
 
     def cells(self, data: Data) -> list[Cell]:
         """The cells of a checked request: seed after seed, so that the first table is whole early.

@@ -1,8 +1,9 @@
 """`python -m efx_plugin.evaluate.run_cell REQUEST.json RESULT.json [MODEL]`: one cell in a process of its own.
 
-REQUEST is a `Cell`. RESULT appears only when complete: the cell and its `CellResult`; beside it, RESULT with the ending
-.npz, a sample of the masks. MODEL is a folder to keep what the pipeline made in, as it would be served. Exit codes are
-those of `efx`, with one sentence as the last line on stderr.
+REQUEST is a `Cell`, or a `DomainCell`. RESULT appears only when complete: the cell and its `CellResult` or
+`DomainResult`; of a `Cell` there is RESULT with the ending .npz beside it, a sample of the masks. MODEL is a folder to
+keep what the pipeline made in, as it would be served. Exit codes are those of `efx`, with one sentence as the last line
+on stderr.
 """
 
 import contextlib
@@ -24,8 +25,9 @@ from typing import Any
 
 from efx_plugin import failures
 from efx_plugin.errors import EfxError
-from efx_plugin.evaluate.cell import Cell, CellResult, CorpusLosses, source_hash, versions
+from efx_plugin.evaluate.cell import Cell, CellResult, CorpusLosses, Data, HeldOut, source_hash, versions
 from efx_plugin.evaluate.data import write_atomically
+from efx_plugin.evaluate.domains import DomainCell, DomainResult
 from efx_plugin.evaluate.pipelines.protocol import PipelineResult, PipelineTask
 from efx_plugin.evaluate.pipelines.registry import PIPELINES
 
@@ -39,9 +41,16 @@ def main() -> None:
     request, result, *kept = map(Path, sys.argv[1:])
     _end_with_parent()
     try:
-        cell = Cell.from_json(json.loads(request.read_text()))
-        found, masks = run(cell, result.parent, *kept)
-        write_atomically(result.with_suffix(".npz"), masks)
+        asked = json.loads(request.read_text())
+        cell: Cell | DomainCell
+        found: CellResult | DomainResult
+        if "domains" in asked:
+            cell = DomainCell.from_json(asked)
+            found = compare_masks(cell, result.parent)
+        else:
+            cell = Cell.from_json(asked)
+            found, masks = run(cell, result.parent, *kept)
+            write_atomically(result.with_suffix(".npz"), masks)
         write_atomically(result, json.dumps({"cell": cell.as_json(), "result": found.as_json()}).encode())
     except Exception as error:
         traceback.print_exception(error)
@@ -150,6 +159,68 @@ def run(cell: Cell, scratch: Path, kept: Path | None = None) -> tuple[CellResult
     return result, masks.getvalue()
 
 
+def compare_masks(cell: DomainCell, scratch: Path) -> DomainResult:
+    """Compare the masks of domains.
+
+    Args:
+        scratch: folder for a folder of temporary files.
+
+    Raises:
+        EfxError: an adapter does not fit the model, or there is too little text.
+    """
+    import torch
+    import transformers
+
+    from efx_plugin.engine.compute_dtype import choose_for, computed_in
+    from efx_plugin.evaluate.masks import analyse
+    from efx_plugin.machine import cpu_name
+    from efx_plugin.model.loading import inspect_sources
+
+    started, notes = time.monotonic(), list[str]()
+    domains = {domain.data.name: domain for domain in cell.domains}
+    tokenizers = {name: inspect_sources(cell.model, one.adapter).tokenizer() for name, one in domains.items()}
+
+    def perplexity(name: str, model: Any) -> float:
+        if torch.accelerator.is_available():
+            model.to(torch.accelerator.current_accelerator())
+        data = domains[name].data
+        with computed_in(model, choose_for(model).dtype):
+            return _corpus_losses(model, tokenizers[name], data, data.heldout[0]).perplexity
+
+    transformers.set_seed(cell.seed)
+    none: Any = torch.empty(0, 0, dtype=torch.int64)
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=".cell-") as output:
+        tasks = {}
+        for number, (name, domain) in enumerate(domains.items()):
+            folder = Path(output, str(number))
+            folder.mkdir()
+            data = domain.data
+            calibration = _sequences(
+                data.calibration, tokenizers[name], data.samples, data.length, cell.seed, "calibration", notes
+            )
+            tasks[name] = PipelineTask(
+                cell.model,
+                domain.adapter,
+                calibration,
+                none,
+                none,
+                cell.sparsity,
+                cell.mask_structure,
+                cell.seed,
+                folder,
+            )
+        found = analyse(tasks, PIPELINES[cell.pipeline], perplexity)
+    return DomainResult(
+        found["overlaps"],
+        found["cross"],
+        notes,
+        seconds=time.monotonic() - started,
+        peak_mb=_peak_memory(),
+        machine=cpu_name(),
+        versions=versions() | {"source": source_hash()},
+    )
+
+
 def _sequences(path: Path, tokenizer: Any, samples: int, length: int, seed: int, purpose: str, notes: list[str]) -> Any:
     """Token ids [sequences, length] of documents in an order that the seed decides; a note where they are fewer."""
     from efx_plugin.compress.calibration import sequences, start_of_text, tokens_of
@@ -182,14 +253,18 @@ def _layers(model: Any, made: PipelineResult) -> list[dict[str, Any]]:
 
 
 def _losses(model: Any, tokenizer: Any, cell: Cell) -> Iterator[tuple[str, CorpusLosses]]:
+    for corpus in cell.data.heldout:
+        yield corpus.name, _corpus_losses(model, tokenizer, cell.data, corpus)
+
+
+def _corpus_losses(model: Any, tokenizer: Any, data: Data, corpus: HeldOut) -> CorpusLosses:
     from efx_plugin.compress.calibration import start_of_text, tokens_of
     from efx_plugin.compress.documents import read_documents
     from efx_plugin.evaluate.perplexity import corpus_losses, first_tokens
 
-    for corpus in cell.data.heldout:
-        documents = (tokens_of(one, tokenizer) for one in read_documents(str(corpus.path)))
-        taken = first_tokens(documents, cell.data.heldout_tokens, cell.data.length)
-        yield corpus.name, corpus_losses(model, taken, cell.data.length, start_of_text(tokenizer))
+    documents = (tokens_of(one, tokenizer) for one in read_documents(str(corpus.path)))
+    taken = first_tokens(documents, data.heldout_tokens, data.length)
+    return corpus_losses(model, taken, data.length, start_of_text(tokenizer))
 
 
 def _peak_memory() -> float:

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import mean
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from efx_plugin.evaluate.domains import halves_and_domains
 from efx_plugin.evaluate.report import Figures, Line, Report
 
 _WIDTH = 140
@@ -44,11 +47,59 @@ def tables(report: Report, *, every_corpus: bool) -> list[TextTable]:
     return [_table(model, data, lines, report, every_corpus) for (model, data), lines in groups.items()]
 
 
+def domain_tables(report: Report) -> list[TextTable]:
+    """Of each comparison of the masks of domains: how far they agree, and what a foreign one costs."""
+    return [table for found in report.domains for table in (_overlap_table(found), _cross_table(found))]
+
+
+def _overlap_table(found: dict[str, Any]) -> TextTable:
+    projections = list(found["overlaps"][0]["by_projection"])
+
+    def row(name: str, pairs: list[dict[str, Any]], share: str) -> tuple[str, ...]:
+        parts = [pairs, *([pair["by_projection"][projection] for pair in pairs] for projection in projections)]
+        return name, str(len(pairs)), *(f"{mean(one[share] for one in part):.3f}" for part in parts)
+
+    within, across = halves_and_domains(found["overlaps"])
+    rows = [row(f"{name}, on halves of its text", pairs, "iou") for name, pairs in within.items()]
+    rows += [row(f"{' and '.join(names)}", pairs, "iou") for names, pairs in across.items()]
+    rows.append(row("by chance", [pair for pairs in across.values() for pair in pairs], "chance"))
+    return TextTable(
+        f"{found['model']}, masks of {found['pipeline']} {found['sparsity']}: weights that both keep of those that "
+        "either keeps",
+        ("masks", "pairs", "all layers", *(projection.replace(".", "/") for projection in projections)),
+        tuple(rows),
+        (False,) * len(rows),
+        tuple(found["notes"]),
+    )
+
+
+def _cross_table(found: dict[str, Any]) -> TextTable:
+    masks = list(dict.fromkeys(tuple(row["mask"]) for row in found["cross"]))
+    perplexities = {(row["expert"], *row["mask"]): row["perplexity"] for row in found["cross"]}
+    rows = tuple(
+        (
+            f"{expert} expert",
+            corpus,
+            *(_number(perplexities[expert, *mask]) for mask in masks),
+            f"{found['foreign_over_own'][expert]:.3f}",
+        )
+        for expert, corpus in zip(found["domains"], found["corpora"], strict=True)
+    )
+    return TextTable(
+        f"{found['model']}, {found['pipeline']} {found['sparsity']}: perplexity of each expert under each mask, "
+        "repaired on its own text",
+        ("expert", "corpus", *(f"mask of/{name}, half {half}" for name, half in masks), "foreign/over own"),
+        rows,
+        (False,) * len(rows),
+        (),
+    )
+
+
 def show(report: Report) -> None:
     """Print the tables to stdout; where that is no terminal, as wide as they need to be."""
     console = Console()
     console.width = console.width if console.is_terminal else max(console.width, _WIDTH)
-    for table in tables(report, every_corpus=False):
+    for table in [*tables(report, every_corpus=False), *domain_tables(report)]:
         shown = Table(title=table.title, box=box.SIMPLE_HEAD, pad_edge=False)
         for number, name in enumerate(table.header):
             shown.add_column(name.replace("/", "\n"), justify="left" if number < 2 else "right", no_wrap=number == 0)

@@ -13,7 +13,7 @@ from matplotlib import image
 from efx_plugin.errors import EfxError
 from efx_plugin.evaluate.html import page, refuse_html, write_html
 from efx_plugin.evaluate.report import Failure, build
-from tests.support.findings import finding, some_findings
+from tests.support.findings import domain_finding, finding, some_findings
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
 
@@ -79,6 +79,13 @@ def test_pictures_are_sound_and_show_every_pipeline(html, report):
     texts = [{element.text for element in picture.iter() if element.tag.endswith("text")} for picture in pictures]
     assert {line.pipeline for line in report.lines} <= texts[0] and {line.pipeline for line in report.lines} <= texts[1]
     assert re.findall("<figcaption>(.*?)</figcaption>", html)[1].endswith("as stored, sparse and quantized together")
+
+
+def test_masks_of_domains_are_in_tables_and_a_picture():
+    html = page(build(some_findings(), [], [domain_finding()]))
+    rows = {row[0]: row for row in Reader(html).rows}
+    assert rows["law and health"][2] == "0.600" and rows["law expert"][-1] == "1.100"
+    assert html.count("<svg") == 6 and "masks of law and health by lora+expert 50 %, overlap by decoder block" in html
 
 
 def test_what_users_wrote_is_text_and_not_markup(html):

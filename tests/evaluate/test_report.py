@@ -11,7 +11,7 @@ import pytest
 from efx_plugin.evaluate import report as module
 from efx_plugin.evaluate.cell import CorpusLosses
 from efx_plugin.evaluate.report import Failure, build
-from tests.support.findings import finding, some_findings
+from tests.support.findings import domain_finding, finding, some_findings
 
 
 @pytest.fixture
@@ -103,6 +103,14 @@ def test_masks_of_one_sparsity_are_compared(findings, tmp_path):
     (pair,) = build(found, []).overlaps
     assert (pair["of"], pair["and"]) == ("lora+wanda 50 %", "lora+expert 50 %")
     assert pair["layers"] == {"q": pytest.approx(2 / 6)}
+
+
+def test_masks_of_domains_are_in_the_summary(findings):
+    report = build(findings, [], [domain_finding()])
+    (found,) = json.loads(json.dumps(report.as_json()))["summary"]["domains"]
+    assert (found["domains"], found["pipeline"], found["sparsity"]) == (["law", "health"], "lora+expert", "50 %")
+    assert len(found["overlaps"]) == 6 and len(found["cross"]) == 8
+    assert report.cells == len(findings) + 1 and "masks of domains" in module.DEFINITIONS
 
 
 def test_a_report_on_nothing_is_empty():

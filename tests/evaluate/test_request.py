@@ -43,6 +43,12 @@ def test_by_default_everything_runs_that_needs_no_training(request_):
         ({"heldout": ("none.jsonl",)}, "no file none.jsonl: pass --heldout a file that ends in"),
         ({"sparsities": ("50",)}, "the sparsity 50 is no fraction between 0 and 1 and no structure: pass .5 or 2:4"),
         ({"task_data": Path("none")}, "no directory none: pass the folder"),
+        ({"other_data": ("law.jsonl",)}, "are of one domain: pass both or neither"),
+        ({"other_adapter": Path("none")}, "are of one domain: pass both or neither"),
+        (
+            {"other_adapter": Path("none"), "other_data": ("none.jsonl",)},
+            "no file none.jsonl: pass --other-data a file",
+        ),
     ],
 )
 def test_what_was_typed_wrongly_is_refused_at_once(request_, change, said):
@@ -110,3 +116,17 @@ def test_every_group_that_divides_the_inputs_of_all_layers_has_a_cell(request_, 
     assert [cell.label for cell in cells] == [
         f"{name} law, seed {n}" for n in (0, 1) for name in [*names, "lora+w4a16"]
     ]
+
+
+def test_a_second_domain_makes_one_comparison_of_masks_at_the_first_sparsity(request_, tmp_path):
+    law, care = tmp_path / "law.jsonl", tmp_path / "care.jsonl"
+    care.write_text(law.read_text().replace("document", "case"))
+    asked = replace(request_, other_adapter=tmp_path / "adapter", other_data=(str(care),), sparsities=("2:4", ".6"))
+    request = asked.checked()
+    data = request.split().data
+    other = request.split_other(data)
+    (cell,) = request.domain_cells(data, other.data)
+    assert cell.label == "masks of law and care by lora+expert 2:4, seed 0"
+    assert request_.split_other(data) is None and request_.domain_cells(data, None) == []
+    with pytest.raises(EfxError, match="both domains are called law after their files: rename a file"):
+        replace(asked, other_data=(str(law),)).split_other(data)

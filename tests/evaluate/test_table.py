@@ -8,8 +8,8 @@ from rich.console import Console
 from efx_plugin.evaluate import table as module
 from efx_plugin.evaluate.report import build
 from efx_plugin.evaluate.speed import Speed
-from efx_plugin.evaluate.table import show, tables
-from tests.support.findings import finding, some_findings
+from efx_plugin.evaluate.table import domain_tables, show, tables
+from tests.support.findings import domain_finding, finding, some_findings
 
 
 def test_a_table_for_each_model_and_domain():
@@ -66,3 +66,22 @@ def test_speeds_have_columns_where_they_were_measured():
     (table,) = tables(report, every_corpus=False)
     assert dict(zip(table.header, table.rows[6], strict=True))["tokens per s/at 8"] == "120.0 (1.50)"
     assert dict(zip(table.header, table.rows[0], strict=True))["tokens per s/at 8"] == ""
+
+
+def test_masks_of_domains_have_a_table_of_overlaps_and_one_of_perplexities():
+    overlaps, cross = domain_tables(build(some_findings(), [], [domain_finding()]))
+    assert overlaps.header == ("masks", "pairs", "all layers", "self_attn/q_proj", "mlp/up_proj")
+    assert [row[:3] for row in overlaps.rows] == [
+        ("law, on halves of its text", "1", "0.800"),
+        ("health, on halves of its text", "1", "0.800"),
+        ("law and health", "4", "0.600"),
+        ("by chance", "4", "0.300"),
+    ]
+    assert overlaps.notes == ("a note on text",)
+    assert cross.header[2] == "mask of/law, half 1"
+    assert cross.rows[0] == ("law expert", "law", "20.00", "20.00", "22.00", "22.00", "1.100")
+    assert cross.rows[1] == ("health expert", "law", "22.00", "22.00", "20.00", "20.00", "1.100")
+
+
+def test_without_a_second_domain_there_are_no_such_tables():
+    assert domain_tables(build(some_findings(), [])) == []

@@ -1,10 +1,13 @@
 """A comparison's findings without a comparison: stand-ins for cells and their results."""
 
+import json
 import math
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 from efx_plugin.evaluate.cell import Cell, CellResult, CorpusLosses, Data, HeldOut
+from efx_plugin.evaluate.domains import Domain, DomainCell, DomainFinding, DomainResult
 from efx_plugin.evaluate.report import Finding
 
 TOKENS = [10, 20, 30, 40] * 5
@@ -33,6 +36,27 @@ def finding(pipeline, perplexity, *, seed=0, sparsity=0.0, bits=16.0, masks=Path
     )
     cell = Cell(Path("models/tiny"), Path("adapters/law"), pipeline, sparsity, seed, DATA)
     return Finding(replace(cell, **changes), result, masks)
+
+
+def domain_finding() -> DomainFinding:
+    """Masks of two domains that agree in .8 within a domain and in .6 across; a foreign mask costs a tenth."""
+    masks = [("law", 1), ("law", 2), ("health", 1), ("health", 2)]
+    overlaps = []
+    for one, other in combinations(masks, 2):
+        share = {"iou": 0.8 if one[0] == other[0] else 0.6, "chance": 0.3}
+        by_projection = {"self_attn.q_proj": share, "mlp.up_proj": share}
+        overlaps.append(
+            {"masks": [one, other], **share, "by_projection": by_projection, "by_block": {"0": share, "1": share}}
+        )
+    cross = [
+        {"expert": expert, "mask": mask, "perplexity": 20.0 if expert == mask[0] else 22.0}
+        for expert in ("law", "health")
+        for mask in masks
+    ]
+    domains = tuple(Domain(Path(f"adapters/{name}"), replace(DATA, name=name)) for name in ("law", "health"))
+    cell = DomainCell(Path("models/tiny"), domains, "lora+expert", 0.5)
+    result = DomainResult(overlaps, cross, ["a note on text"], 1.0, 100.0, "a CPU")
+    return DomainFinding(cell, DomainResult.from_json(json.loads(json.dumps(result.as_json()))))
 
 
 def some_findings() -> list[Finding]:
