@@ -22,6 +22,7 @@ from efx_plugin.evaluate.cell import Cell, CellResult
 from efx_plugin.evaluate.data import write_atomically
 from efx_plugin.evaluate.domains import DomainCell, DomainFinding, DomainResult
 from efx_plugin.evaluate.report import Failure, Finding, Report, build
+from efx_plugin.evaluate.scratch import remove_abandoned
 
 _RUNNER = "efx_plugin.evaluate.run_cell"
 # Bars and logs of a cell go to its log file.
@@ -48,6 +49,7 @@ def run_grid(
         EfxError: interrupted from the keyboard, or the cache cannot be written to.
     """
     cache.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(cache)
     everything: list[Cell | DomainCell] = [*cells, *domains]
     wanted = {cell.key(): cell for cell in everything}
     kept = {key: model_folder(cache, cell) for key, cell in wanted.items() if cell in keep and isinstance(cell, Cell)}

@@ -15,7 +15,6 @@ import resource
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from efx_plugin.evaluate.data import write_atomically
 from efx_plugin.evaluate.domains import DomainCell, DomainResult
 from efx_plugin.evaluate.pipelines.protocol import PipelineResult, PipelineTask
 from efx_plugin.evaluate.pipelines.registry import PIPELINES
+from efx_plugin.evaluate.scratch import scratch_folder
 
 _FEW = 20  # documents
 _VALIDATION = 0.1  # of the number of training sequences
@@ -97,7 +97,7 @@ def run(cell: Cell, scratch: Path, kept: Path | None = None) -> tuple[CellResult
         count = max(1, round(_VALIDATION * len(training)))
         validation = _sequences(data.validation, tokenizer, count, data.length, cell.seed, "validation", notes)
     transformers.set_seed(cell.seed)
-    with tempfile.TemporaryDirectory(dir=scratch, prefix=".cell-") as output:
+    with scratch_folder(scratch) as output:
         task = PipelineTask(
             cell.model,
             cell.adapter,
@@ -107,14 +107,14 @@ def run(cell: Cell, scratch: Path, kept: Path | None = None) -> tuple[CellResult
             cell.sparsity,
             cell.mask_structure,
             cell.seed,
-            Path(output),
+            output,
             dict(cell.arguments),
         )
         started = time.monotonic()
         made = pipeline.run(task)
         seconds = time.monotonic() - started
         if kept is not None:
-            _keep(made, Path(output), kept)
+            _keep(made, output, kept)
     peak, peak_accelerator = _peak_memory(), 0.0
     machine = cpu_name()
     model: Any = made.model.eval()
@@ -189,10 +189,10 @@ def compare_masks(cell: DomainCell, scratch: Path) -> DomainResult:
 
     transformers.set_seed(cell.seed)
     none: Any = torch.empty(0, 0, dtype=torch.int64)
-    with tempfile.TemporaryDirectory(dir=scratch, prefix=".cell-") as output:
+    with scratch_folder(scratch) as output:
         tasks = {}
         for number, (name, domain) in enumerate(domains.items()):
-            folder = Path(output, str(number))
+            folder = output / str(number)
             folder.mkdir()
             data = domain.data
             calibration = _sequences(
