@@ -102,6 +102,7 @@ def split_files(
     heldout: Sequence[str] = (),
     *,
     text_field: str | None = None,
+    heldout_option: str | None = "--heldout",
     **amounts: int,
 ) -> Split:
     """Split a user's files by document, always in the same way.
@@ -115,6 +116,7 @@ def split_files(
         folder: where the parts go.
         files, heldout: files or data sets, see `read_documents`.
         text_field: the field to take of each record, see `content_of`.
+        heldout_option: what gives `heldout` to the user; None where nothing does.
         amounts: see `write_data`.
 
     Raises:
@@ -127,9 +129,10 @@ def split_files(
     for file in files:
         records = _different(file, text_field, notices)
         if not heldout and len(records) < _FEWEST:
+            other = f", or {heldout_option} FILE with text that nothing was trained on" if heldout_option else ""
             raise EfxError(
                 f"{file} has {len(records)} different documents, too few to hold any out ({_FEWEST} at least): pass "
-                "more of them, one a record, or --heldout FILE with text that nothing was trained on"
+                f"more of them, one a record{other}"
             )
         random.Random(0).shuffle(records)
         held = 0 if heldout else math.ceil(_HELDOUT * len(records))

@@ -103,7 +103,7 @@ class CompareRequest:
         Raises:
             EfxError: it cannot be read or split, or is too little to choose learning rates on.
         """
-        split = self._split(self.data, self.heldout)
+        split = self._split(self.data, self.heldout, "--heldout")
         if split.data.validation is None and (
             trained := [one for one in self.pipelines if PIPELINES[one].needs_training]
         ):
@@ -124,17 +124,18 @@ class CompareRequest:
         """
         if not self.other_data:
             return None
-        split = self._split(self.other_data, ())
+        split = self._split(self.other_data, (), None)
         if split.data.name == data.name:
             raise EfxError(f"both domains are called {data.name} after their files: rename a file")
         return split
 
-    def _split(self, files: Sequence[str], heldout: Sequence[str]) -> Split:
+    def _split(self, files: Sequence[str], heldout: Sequence[str], option: str | None) -> Split:
         return split_files(
             self.cache / "data",
             files,
             heldout,
             text_field=self.text_field,
+            heldout_option=option,
             samples=self.samples,
             length=self.length,
             training_tokens=self.training_tokens,

@@ -130,3 +130,7 @@ def test_a_second_domain_makes_one_comparison_of_masks_at_the_first_sparsity(req
     assert request_.split_other(data) is None and request_.domain_cells(data, None) == []
     with pytest.raises(EfxError, match="both domains are called law after their files: rename a file"):
         replace(asked, other_data=(str(law),)).split_other(data)
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"text": "one"}\n')
+    with pytest.raises(EfxError, match=r"too few to hold any out \(20 at least\): pass more of them, one a record$"):
+        replace(asked, other_data=(str(few),)).split_other(data)
