@@ -4,12 +4,15 @@ Two masks of one domain, chosen on different halves of its text, say how much of
 says what a foreign mask costs: each domain's dense expert under each mask, repaired on the expert's own text alike.
 """
 
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -45,7 +48,7 @@ class LayerOverlap:
 def analyse(
     tasks: Mapping[str, PipelineTask], pipeline: Pipeline, perplexity: Callable[[str, PreTrainedModel], float]
 ) -> dict[str, Any]:
-    """Compare the masks of several domains.
+    """Compare the masks of several domains. Memory holds one model; masks wait in files.
 
     Args:
         tasks: by name of the domain: one model and one sparsity, an adapter and calibration sequences of each domain,
@@ -61,7 +64,7 @@ def analyse(
     Raises:
         EfxError: a domain has a single calibration sequence.
     """
-    masks = {}
+    masks = dict[tuple[str, int], Path]()
     for domain, task in tasks.items():
         if len(task.calibration) < 2:
             raise EfxError(f"{domain} has a single calibration sequence, and masks are chosen on two halves: pass more")
@@ -69,18 +72,27 @@ def analyse(
         for half, calibration in enumerate(halves, start=1):
             output = task.output / f"half-{half}"
             output.mkdir()
-            masks[domain, half] = masks_of(pipeline.run(replace(task, calibration=calibration, output=output)).model)
+            masks[domain, half] = output.with_suffix(".pt")
+            pruned = pipeline.run(replace(task, calibration=calibration, output=output)).model
+            torch.save(masks_of(pruned), masks[domain, half])
+            del pruned
+            shutil.rmtree(output)  # a checkpoint that nobody asks for
     return {
         "overlaps": [
-            {"masks": [one, other], **summarize(overlap(masks[one], masks[other]))}
+            {"masks": [one, other], **summarize(overlap(_read(masks[one]), _read(masks[other])))}
             for one, other in combinations(masks, 2)
         ],
         "cross": [
-            {"expert": domain, "mask": mask, "perplexity": perplexity(domain, repaired(task, masks[mask]))}
+            {"expert": domain, "mask": mask, "perplexity": perplexity(domain, repaired(task, _read(masks[mask])))}
             for domain, task in tasks.items()
             for mask in masks
         ],
     }
+
+
+def _read(path: Path) -> Masks:
+    masks: Masks = torch.load(path, mmap=True, weights_only=True)
+    return masks
 
 
 def masks_of(model: PreTrainedModel) -> dict[str, Tensor]:
