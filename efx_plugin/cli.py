@@ -273,7 +273,7 @@ def compare(
     seeds: Annotated[int, typer.Option(help="Seeds for each pipeline that depends on one.", min=1)] = 1,
     samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 128,
     length: Annotated[int, typer.Option(help="Tokens per calibration, training and evaluation sequence.", min=2)] = 512,
-    training_tokens: Annotated[int, typer.Option(help="Tokens that a trained pipeline sees in all.", min=2)] = 100_000,
+    training_tokens: Annotated[int, typer.Option(help="Tokens that a trained pipeline trains on.", min=2)] = 100_000,
     heldout_tokens: Annotated[int, typer.Option(help="Tokens of each corpus to evaluate on.", min=2)] = 50_000,
     text_field: Annotated[str | None, typer.Option(help="The field of the data that holds the text.")] = None,
     tasks: Annotated[
