@@ -36,7 +36,8 @@ class PruningArguments(BaseModel):
             when all entries of its decoder block compete) or "layer" (a decoder block gets what it loses when all
             entries of the model compete, its matrices then as in "matrix"; needs propagation "fisher", and no N:M
             structure, in which every matrix loses the same).
-        floor: where entries of different rows compete, no row may lose more than floor * sparsity of its weights.
+        floor: where entries of different rows compete, no row may lose more of its weights than floor times the
+            sparsity of the competition: of the decoder block in an allocation, of the matrix in its mask.
         repair: "none"; "paper" (moves the adapter so that pruned weights shrink, as published); "adapter" (least
             squares on the layer's output within the adapter's subspace); "weights" (least squares over all kept
             weights).

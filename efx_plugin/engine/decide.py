@@ -145,6 +145,7 @@ def choose_mask(
                 sparsity,
                 sensitivity=evidence.sensitivity,
                 group="row" if arguments.comparison_group == "row" else "matrix",
+                floor=arguments.floor,
                 n_of_m=arguments.n_of_m,
                 dampening_frac=arguments.dampening_frac,
                 average=average,

@@ -9,6 +9,7 @@ last column; and if D is what the sweep has taken so far from the columns before
 made up for them, then the block arrives as W_B + D U_{<B,B} R_BB, where R_BB = U_BB⁻¹ is the only inverse needed.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -30,6 +31,7 @@ def obs_mask(
     *,
     sensitivity: Tensor | None = None,
     group: Literal["matrix", "row"] = "matrix",
+    floor: float | None = None,
     n_of_m: tuple[int, int] | None = None,
     block_size: int = 128,
     dampening_frac: float = 0.01,
@@ -50,6 +52,8 @@ def obs_mask(
         sparsity: fraction to prune; without effect where n_of_m is given.
         sensitivity: c, [out], or None for 1. It matters where rows compete only: in group "matrix".
         group: "matrix" lets the rows of a block of columns compete, "row" prunes each row alike.
+        floor: at least 1; in group "matrix" only the lowest floor · sparsity of a row's entries in each block of
+            columns are eligible, and one more where that is no whole number. None makes every entry eligible.
         n_of_m: (n, m) prunes n of every m consecutive inputs of a row.
         block_size: columns per block; with n_of_m the multiple of m below it.
         dampening_frac: fraction of the mean diagonal of the Gram added to its diagonal; raised tenfold, four times
@@ -86,9 +90,18 @@ def obs_mask(
             scores = running
         if rows_compete:
             size = sparsity * out_features
-            return lowest([scores], round(size * stop) - round(size * start))[0]
+            count = round(size * stop) - round(size * start)
+            return lowest([scores], count, [eligible(scores, count)])[0]
         count = n_of_m[0] if n_of_m is not None else round(sparsity * stop) - round(sparsity * start)
         return lowest_per_row(scores.T, count).T
+
+    def eligible(scores: Tensor, count: int) -> Tensor | None:
+        """Which of the scores [columns, out] may be among the `count` lowest; None for all."""
+        if floor is None:
+            return None
+        # Rounding may ask a block for a weight more than its share.
+        most = max(math.ceil(floor * sparsity * len(scores)), -(-count // out_features))
+        return lowest_per_row(scores.T, most).T if most < len(scores) else None
 
     dtype = torch.promote_types(weight.dtype, gram.dtype)
     factor = _reversed_cholesky(gram.to(dtype), dampening_frac)

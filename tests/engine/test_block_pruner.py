@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -161,6 +162,17 @@ def test_sensitivities_measured_beforehand_choose_the_rows():
     for name, weight in weights(model).items():
         assert (weight[: rows[name] // 2] != 0).float().mean() > 0.99
         assert (weight[rows[name] // 2 :] == 0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("saliency", ["magnitude", "wanda", "obs"])
+def test_rows_that_the_loss_does_not_feel_keep_what_the_floor_leaves_them(saliency):
+    model = tiny_llama()
+    rows = {layer.name: layer.base.out_features for layer in linear_layers(model) if BLOCK in layer.name}
+    known = {name: torch.arange(count).ge(count // 4).float() for name, count in rows.items()}
+    prune(model, sensitivities=known, propagation="fisher", saliency=saliency, repair="none", **MATRIX)
+    for name, weight in weights(model).items():
+        assert (weight == 0).float().mean() == pytest.approx(0.5, abs=0.01)
+        assert (weight == 0).sum(dim=1).max() <= math.ceil(1.4 * 0.5 * weight.shape[1]), name
 
 
 @pytest.mark.parametrize("saliency", ["magnitude", "wanda", "obs"])

@@ -1,5 +1,7 @@
 """The sweep against SparseGPT's algorithm as its paper states it, weight by weight, in float64."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,9 +9,11 @@ from hypothesis import strategies as st
 
 from efx_plugin.method.masks import n_of_m_mask, row_mask
 from efx_plugin.method.obs import obs_mask
+from efx_plugin.method.repair import repair_weights
 
 shapes = st.tuples(st.integers(1, 7), st.integers(1, 10))
 sparsities = st.floats(0.05, 0.95)
+floors = st.none() | st.floats(1, 2)
 seeds = st.integers(0, 2**31)
 
 
@@ -23,7 +27,7 @@ def _layer(rows, columns, seed, dead=()):
     return weight, inputs.T @ inputs / len(inputs), sensitivity
 
 
-def _reference(weight, gram, sparsity, *, sensitivity=None, group="matrix", n_of_m=None, block_size):
+def _reference(weight, gram, sparsity, *, sensitivity=None, group="matrix", floor=None, n_of_m=None, block_size):
     """Algorithm 1 of SparseGPT: one column at a time, the inverse formed, every column to the right updated."""
     rows, columns = weight.shape
     weight = weight.clone()
@@ -42,6 +46,8 @@ def _reference(weight, gram, sparsity, *, sensitivity=None, group="matrix", n_of
             pruned[:, chosen].scatter_(1, scores.argsort(dim=1)[:, :count], True)
         elif n_of_m is None and i % block_size == 0:
             count = round(sparsity * rows * chosen.stop) - round(sparsity * rows * i)
+            most = columns if floor is None else _most(floor * sparsity, chosen.stop - i, count, rows)
+            scores[scores.argsort(dim=1).argsort(dim=1) >= most] = torch.inf
             part = torch.zeros(scores.numel(), dtype=torch.bool)
             part[scores.flatten().argsort()[:count]] = True
             pruned[:, chosen] = part.view_as(scores)
@@ -51,11 +57,16 @@ def _reference(weight, gram, sparsity, *, sensitivity=None, group="matrix", n_of
     return ~pruned
 
 
+def _most(fraction, width, count, rows):
+    """What a row may lose of `width` columns that lose `count` weights in all."""
+    return max(math.ceil(fraction * width), math.ceil(count / rows))
+
+
 @settings(deadline=None)
-@given(shapes, st.integers(1, 6), sparsities, st.sampled_from(["matrix", "row"]), st.booleans(), seeds)
-def test_the_mask_is_that_of_sparsegpt(shape, blocks, sparsity, group, sensitive, seed):
+@given(shapes, st.integers(1, 6), sparsities, st.sampled_from(["matrix", "row"]), floors, st.booleans(), seeds)
+def test_the_mask_is_that_of_sparsegpt(shape, blocks, sparsity, group, floor, sensitive, seed):
     weight, gram, c = _layer(shape[0], shape[1] * blocks, seed)
-    arguments = {"sensitivity": c if sensitive else None, "group": group, "block_size": shape[1]}
+    arguments = {"sensitivity": c if sensitive else None, "group": group, "floor": floor, "block_size": shape[1]}
     expected = _reference(weight, gram, sparsity, **arguments)
     assert torch.equal(obs_mask(weight, gram, sparsity, **arguments), expected)
 
@@ -78,14 +89,54 @@ def test_n_of_m_is_that_of_sparsegpt_whatever_the_sensitivity(rows, groups, stru
 
 
 @settings(deadline=None)
-@given(shapes, st.integers(1, 12), sparsities, seeds)
-def test_counts_are_exact_to_one_weight(shape, block_size, sparsity, seed):
+@given(shapes, st.integers(1, 12), sparsities, floors, seeds)
+def test_counts_are_exact_to_one_weight(shape, block_size, sparsity, floor, seed):
     weight, gram, _ = _layer(*shape, seed)
     weight, gram = weight.bfloat16(), gram.float()
-    matrix = obs_mask(weight, gram, sparsity, block_size=block_size)
+    matrix = obs_mask(weight, gram, sparsity, block_size=block_size, floor=floor)
     row = obs_mask(weight, gram, sparsity, block_size=block_size, group="row")
     assert int((~matrix).sum()) == round(sparsity * weight.numel())
     assert ((~row).sum(dim=1) == round(sparsity * shape[1])).all()
+
+
+@settings(deadline=None)
+@given(st.integers(2, 7), st.integers(1, 30), st.integers(1, 12), sparsities, st.floats(1, 2), seeds)
+def test_a_row_that_counts_for_nothing_keeps_what_the_floor_leaves_it(rows, columns, block_size, sparsity, floor, seed):
+    weight, gram, c = _layer(rows, columns, seed)
+    c[: rows // 2] = 0
+    pruned = ~obs_mask(weight, gram, sparsity, sensitivity=c, floor=floor, block_size=block_size)
+    for block in pruned.split(block_size, dim=1):
+        assert block.sum(dim=1).max() <= _most(floor * sparsity, block.shape[1], int(block.sum()), rows)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seeds)
+def test_a_saturated_head_still_attends_to_its_sink(seed):
+    """Where a head looks at one token whatever the text, the loss has no gradient in its queries: they look as if
+    they could all go, and without them the head looks everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, hidden, dim = 256, 64, 8
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    inputs = randn(tokens, hidden) + 4 * randn(hidden)
+    weight = randn(2 * dim, hidden) / hidden**0.5
+    keys, values = 0.2 * randn(2, tokens, dim), randn(2, tokens, dim)
+    usual = (inputs @ weight[:dim].T).mean(dim=0)
+    keys[0, 0] = 60 * usual / usual.square().sum()  # logits of the sink are about 60, those of other tokens a few
+
+    def attention(queries):
+        return (queries.unflatten(1, (2, dim)).transpose(0, 1) @ keys.mT).softmax(dim=-1)
+
+    queries = (inputs @ weight.T).requires_grad_()
+    dense = attention(queries)
+    ((dense @ values) * randn(2, tokens, dim)).sum().backward()
+    sensitivity, gram = queries.grad.square().mean(dim=0), inputs.T @ inputs / tokens
+    keep = obs_mask(weight, gram, 0.5, sensitivity=sensitivity, floor=1.4)
+    sink = attention(inputs @ repair_weights(weight, keep, gram).T)[0, :, 0]
+    assert sensitivity[:dim].max() < sensitivity[dim:].min()
+    assert sink.mean() > 0.9 * dense[0, :, 0].mean()
 
 
 @settings(deadline=None)
