@@ -89,8 +89,7 @@ def obs_mask(
             update_average(running, scores, momentum)
             scores = running
         if rows_compete:
-            size = sparsity * out_features
-            count = round(size * stop) - round(size * start)
+            count = round(sparsity * (out_features * stop)) - round(sparsity * (out_features * start))
             return lowest([scores], count, [eligible(scores, count)])[0]
         count = n_of_m[0] if n_of_m is not None else round(sparsity * stop) - round(sparsity * start)
         return lowest_per_row(scores.T, count).T

@@ -45,7 +45,7 @@ def _reference(weight, gram, sparsity, *, sensitivity=None, group="matrix", floo
             count = round(sparsity * chosen.stop) - round(sparsity * i)
             pruned[:, chosen].scatter_(1, scores.argsort(dim=1)[:, :count], True)
         elif n_of_m is None and i % block_size == 0:
-            count = round(sparsity * rows * chosen.stop) - round(sparsity * rows * i)
+            count = round(sparsity * (rows * chosen.stop)) - round(sparsity * (rows * i))
             most = columns if floor is None else _most(floor * sparsity, chosen.stop - i, count, rows)
             scores[scores.argsort(dim=1).argsort(dim=1) >= most] = torch.inf
             part = torch.zeros(scores.numel(), dtype=torch.bool)
