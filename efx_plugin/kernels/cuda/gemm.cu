@@ -165,8 +165,8 @@ efx_gemm(const u16* __restrict__ x, const u32* __restrict__ starts, const uint4*
 extern "C" __global__ void __launch_bounds__(kWarps * 32)
 efx_reduce(const uint4* __restrict__ partial, const float* __restrict__ scales, const u16* __restrict__ bias,
            u16* __restrict__ y, int tokens, int rows, int splits) {
-    constexpr int kParts = kTokenTiles / kPart;
-    const int block = blockIdx.x / kParts, n = blockIdx.x % kParts * kPart, warp = threadIdx.x / 32;
+    constexpr int kWrites = kTokenTiles / kPart;  // of a block
+    const int block = blockIdx.x / kWrites, n = blockIdx.x % kWrites * kPart, warp = threadIdx.x / 32;
     const Place place(block, warp, tokens, rows);
     partial += (((u64)block * kWarps + warp) * kTokenTiles + n) * (kRowBlocks * 32) + threadIdx.x % 32;
     float sums[kPart][kRowBlocks][4] = {};

@@ -6,7 +6,6 @@ There are two fifths of EFX_EMULATED_CASES random cases of theirs.
 import os
 import random
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -23,20 +22,6 @@ VARIANTS = [(variant, *kind) for kind in KINDS for variant in gemm.gemm_variants
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 every_kind = pytest.mark.parametrize(("dtype", "is_int8"), KINDS)
-Gpus = Callable[[Variant], EmulatedGpu]
-
-
-@pytest.fixture(scope="session")
-def gpus(tmp_path_factory: pytest.TempPathFactory) -> Gpus:
-    """The emulated kernels of a variant, compiled once."""
-    compiled: dict[Variant, EmulatedGpu] = {}
-
-    def find(variant: Variant) -> EmulatedGpu:
-        if variant not in compiled:
-            compiled[variant] = EmulatedGpu(variant, tmp_path_factory.mktemp("emulated"))
-        return compiled[variant]
-
-    return find
 
 
 @dataclass(frozen=True)

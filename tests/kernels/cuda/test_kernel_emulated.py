@@ -8,35 +8,21 @@ import pytest
 import torch
 
 from efx_plugin.kernels.cuda import buffer, kernel, variants
-from tests.support.emulated_gpu import EmulatedGpu
 from tests.support.fake_gpu import FakeGpu
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 every_kind = pytest.mark.parametrize("is_int8", [False, True])
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    """The emulated kernels that were compiled of a file with some macros."""
-    compiled: dict[variants.Variant, EmulatedGpu] = {}
-
-    def find(file: str, defines: dict[str, int]) -> EmulatedGpu:
-        variant = variants.Variant("", tuple(defines.items()), 0, 0, 0, file)
-        if variant not in compiled:
-            compiled[variant] = EmulatedGpu(variant, tmp_path_factory.mktemp("emulated"))
-        return compiled[variant]
-
-    return find
-
-
 @pytest.fixture
-def gpu(monkeypatch, emulated) -> FakeGpu:
+def gpu(monkeypatch, gpus) -> FakeGpu:
     gpu = FakeGpu()
     gpu.install(monkeypatch)
 
     def compute(function, how, arguments):
         geometry = variants.Launch(how.grid, how.block, how.shared_bytes)
-        emulated(function.file, function.defines).launch(how.symbol, geometry, arguments)
+        variant = variants.Variant("", tuple(function.defines.items()), 0, 0, 0, function.file)
+        gpus(variant).launch(how.symbol, geometry, arguments)
 
     monkeypatch.setattr(gpu, "compute", compute)
     return gpu

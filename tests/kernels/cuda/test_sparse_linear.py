@@ -6,7 +6,6 @@ EFX_EMULATED_CASES is the number of random cases.
 import os
 import random
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -22,20 +21,6 @@ VARIANTS = [(variant, *kind) for kind in KINDS for variant in variants.decode_va
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 every_kind = pytest.mark.parametrize(("dtype", "is_int8"), KINDS)
-Gpus = Callable[[Variant], EmulatedGpu]
-
-
-@pytest.fixture(scope="session")
-def gpus(tmp_path_factory: pytest.TempPathFactory) -> Gpus:
-    """The emulated kernels of a variant, compiled once."""
-    compiled: dict[Variant, EmulatedGpu] = {}
-
-    def find(variant: Variant) -> EmulatedGpu:
-        if variant not in compiled:
-            compiled[variant] = EmulatedGpu(variant, tmp_path_factory.mktemp("emulated"))
-        return compiled[variant]
-
-    return find
 
 
 def random_case(variant: Variant, dtype: torch.dtype, is_int8: bool, seed: int) -> Case:
