@@ -167,7 +167,7 @@ def made_up(run: str = "2026-01-01 00:00:00") -> list[dict]:
             | {"structure": structure, "weights": weights}
             | figures
         )
-    for path, slope, offset in (("multiply_records", 4, 0), ("multiply_gemm", 2, 40), ("multiply_panels", 1, 200)):
+    for path, slope, offset in (("multiply_records", 4, 0), ("multiply_many", 2, 40), ("multiply_panels", 1, 200)):
         for m in (8, 16, 32, 64, 128, 256)[: 4 if path == "multiply_records" else 6]:
             figures = {"sparse_us": float(slope * m + offset), "n": 4096, "k": 4096, "m": m}
             records.append({"what": "linear", "path": path} | figures)

@@ -34,9 +34,8 @@ if find_spec("wrapt") is None:  # which the package needs for its hooks into oth
     package.__path__ = [str(ROOT / "efx_plugin")]
     sys.modules["efx_plugin"] = package
 
-from efx_plugin.kernels.cuda import program  # noqa: E402
+from efx_plugin.kernels.cuda import program, variants  # noqa: E402
 from efx_plugin.kernels.cuda.kernel import KERNEL, loaded, prepared  # noqa: E402
-from efx_plugin.kernels.cuda.variants import MOST_TOKENS_DECODED  # noqa: E402
 from integration.benchmarks import kernels_gpu_report as report  # noqa: E402
 from integration.benchmarks.timing import OUTPUT, interleave, ratio, ratios, spread, write_json  # noqa: E402
 
@@ -149,7 +148,7 @@ def correctness() -> Iterator[dict]:
         exact = x.double() @ value.T + (0 if bias is None else bias.double())
         is_kept = all(map(same, KERNEL.unpack(packed), (weight, scales)))
         is_invariant = is_batch_invariant(x[:1], packed, bias, rows)
-        for path in ("multiply", *report.PATHS[0 if tokens <= MOST_TOKENS_DECODED else 1 :]):
+        for path in ("multiply", *report.PATHS[0 if tokens <= functions.crossovers.decode else 1 :]):
             with functions.buffer.borrowed(torch.cuda.current_stream(), dtype) as buffer:
                 buffer.fill_(math.nan)
             y = torch.full((tokens + 1, rows), math.nan, dtype=dtype, device=DEVICE)
@@ -183,7 +182,7 @@ def is_batch_invariant(x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | Non
     starts, records, _, *scales = packed
     functions = loaded(x.device, x.dtype, is_int8=bool(scales))
     results = []
-    for m in (1, 2, 8, 16, 17, 32, 33, 64):
+    for m in (m for m in (1, 2, 8, 16, 17, 32, 33, 64) if m <= functions.crossovers.decode):
         y = x.new_empty(m, rows)
         functions.multiply_records(prepared(x.expand(m, -1)), starts, records, scales[0] if scales else None, bias, y)
         results += [y[:1], y[-1:]]
@@ -271,10 +270,12 @@ def measure(case: Case, tokens: list[int], paths: tuple[str, ...] = ("multiply",
 
 def crossovers() -> Iterator[dict]:
     """All ways to multiply, where one of them takes the lead."""
+    most = variants.crossovers(torch.cuda.get_device_capability()).decode
     for n, k in SHAPES["8B"]:
         case = Case(n, k, 0.5, "unstructured")
-        yield from measure(case, [16, 32, 64], report.PATHS)
-        yield from measure(case, [96, 128, 192, 256, 512, 1024, 2048], report.PATHS[1:])
+        yield from measure(case, [m for m in (8, 16, 32, 64) if m <= most], report.PATHS)
+        yield from measure(case, [m for m in (16, 32, 64) if m > most], report.PATHS[1:])
+        yield from measure(case, [96, 128, 192, 256, 512, 1024, 2048, 4096], report.PATHS[1:])
 
 
 def model() -> Iterator[dict]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 Records = list[dict]
 
 # Ways to multiply, by methods of `Loaded` in the kernel; the first is for few tokens.
-PATHS = ("multiply_records", "multiply_gemm", "multiply_panels")
+PATHS = ("multiply_records", "multiply_many", "multiply_panels")
 
 
 def last_run(records: Records) -> Records:

@@ -4,12 +4,13 @@ import ctypes
 import subprocess
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from efx_plugin.kernels.cuda import gemm, variants
+from efx_plugin.kernels.cuda import gemm, variants, wgmma
 from efx_plugin.kernels.cuda.variants import Launch, Variant
 
 EMULATION = Path(__file__).parents[1] / "kernels" / "cuda" / "emulation.cpp"
@@ -56,7 +57,7 @@ class EmulatedGpu:
 
     Attributes:
         at_once: asynchronous copies land at once, not as late as they may.
-        descending: the lanes of a warp run in falling order, not in rising.
+        descending: the lanes of a warp run in falling order, not in rising, and warps by turns.
         is_watched: accesses to shared memory are noted, for `worst_of_bank`.
     """
 
@@ -64,7 +65,7 @@ class EmulatedGpu:
         path = folder / f"{'_'.join(str(value) for _, value in variant.defines)}.cu"
         path.write_text(source or emulated_source(variant))
         defines = [f"-D{macro}={value}" for macro, value in variant.defines]
-        defines.append(f"-DEFX_GEMM={int(variant.file == 'gemm.cu')}")
+        defines += [f"-DEFX_{kind.upper()}={int(variant.file == f'{kind}.cu')}" for kind in ("gemm", "wgmma")]
         library = path.with_suffix(".so")
         command = [*COMPILE, optimize, *defines, f'-DEFX_SOURCE="{path}"', EMULATION, "-o", library]
         subprocess.run(command, check=True)
@@ -90,6 +91,20 @@ class EmulatedGpu:
         inputs, sizes = [partial, packed[2], bias], (tokens, rows, splits)
         return self._call("emulate_reduce", plan.reduce, inputs, (tokens, rows), x.dtype, sizes)
 
+    def wgmma(self, x: Tensor, packed: Packed, bias: Tensor | None, rows: int, splits: int) -> Tensor:
+        """As `gemm`, by wgmma.cu."""
+        tokens, columns = x.shape
+        plan = wgmma.planned(self._variant, tokens, rows, columns, splits)
+        size = wgmma.image_bytes(self._variant, tokens, columns) // x.element_size()
+        image = self._call("emulate_arrange", plan.arrange, [x], (1, size), x.dtype, (tokens, columns))
+        inputs, sizes = [image, *packed, bias], (tokens, rows, columns, splits)
+        if plan.add is None:
+            return self._call("emulate_wgmma", plan.wgmma, inputs, (tokens, rows), x.dtype, sizes)
+        numbers = wgmma.partial_bytes(self._variant, tokens, rows, splits) // 4
+        partial = self._call("emulate_wgmma", plan.wgmma, inputs, (1, numbers), torch.float32, sizes)
+        inputs, sizes = [partial, packed[2], bias], (tokens, rows, splits)
+        return self._call("emulate_add", plan.add, inputs, (tokens, rows), x.dtype, sizes)
+
     def worst_of_bank(self) -> dict[str, int]:
         """By kind of access to shared memory, how many different words of one bank are needed at a time, at most, in
         the last launch. 1 is free of conflicts.
@@ -112,7 +127,7 @@ class EmulatedGpu:
     def expand(self, packed: Packed, dtype: torch.dtype, panel: tuple[int, int, int]) -> Tensor:
         """The `panel` of the packed weight: from its first row on so many rows and columns."""
         _, rows, columns = panel
-        how = variants.launch(variants.expand_variant(dtype, packed[2] is not None), rows, columns)
+        how = variants.launch(replace(self._variant, tokens=0), rows, columns)
         return self._call("emulate_expand", how, [*packed], (rows, columns), dtype, panel)
 
     def launch(self, symbol: str, how: Launch, arguments: Sequence[Tensor | int | None]) -> None:
@@ -156,8 +171,8 @@ class EmulatedGpu:
 
 
 def emulated_source(variant: Variant) -> str:
-    """Of a variant, all but ptx.cuh, which the emulation replaces."""
-    return variants.source(*variant.files[1:])
+    """Of a variant, all but ptx.cuh and what `headers` names, which the emulation replaces."""
+    return variants.source(*variant.files[1 + len(variant.headers) :])
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:

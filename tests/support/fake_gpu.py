@@ -57,8 +57,8 @@ class FakeGpu:
     """
 
     def __init__(self) -> None:
-        self.capability = (9, 0)
-        self.multi_processor_count, self.shared_memory_per_multiprocessor = 132, 228 << 10
+        self.capability = (8, 0)
+        self.multi_processor_count, self.shared_memory_per_multiprocessor = 108, 164 << 10
         self.stream = Stream(0xABC, self)
         self.is_capturing = False
         self.compiled: list[dict[str, int]] = []
@@ -85,11 +85,11 @@ class FakeGpu:
 
     def compute(self, function: "Function", how: Launched, arguments: Sequence[Tensor | int | None]) -> None:
         """What a launch does."""
-        kernels = {"efx_decode": _decode, "efx_expand": _expand, "efx_gemm": _gemm, "efx_reduce": _reduce}
-        kernels[how.symbol](*arguments)
+        KERNELS[how.symbol](*arguments)
 
     def _compile(self, source: str, name: str, defines: dict[str, int], arch: str) -> bytes:
-        assert arch == "sm_{}{}".format(*self.capability)
+        of_device = "sm_{}{}".format(*self.capability)
+        assert arch in (of_device, f"{of_device}a")
         self.compiled.append(defines)
         return json.dumps([name, defines]).encode()
 
@@ -168,6 +168,29 @@ def _reduce(
     y.copy_(sums if bias is None else sums + bias.float())
 
 
+def _arrange(x: Tensor, image: Tensor, tokens: int, columns: int) -> None:
+    """The activations in their order, in the place of another."""
+    _expect(x, (tokens, columns))
+    assert columns % layout.TILE_COLUMNS == 0 and image.data_ptr() % 16 == 0
+    image[: x.numel()] = x.flatten()
+
+
+def _wgmma(
+    image: Tensor,
+    starts: Tensor,
+    records: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    tokens: int,
+    rows: int,
+    columns: int,
+    splits: int,
+) -> None:
+    x = image[: tokens * columns].view(tokens, columns)
+    _gemm(x, starts, records, scales, bias, out, tokens, rows, columns, splits)
+
+
 def _expand(
     starts: Tensor, records: Tensor, scales: Tensor | None, dense: Tensor, first: int, rows: int, columns: int
 ) -> None:
@@ -191,3 +214,14 @@ def _weight(
 
 def _expect(tensor: Tensor, shape: tuple[int, int]) -> None:
     assert tensor.shape == shape and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+
+
+KERNELS = {
+    "efx_decode": _decode,
+    "efx_expand": _expand,
+    "efx_gemm": _gemm,
+    "efx_reduce": _reduce,
+    "efx_arrange": _arrange,
+    "efx_wgmma": _wgmma,
+    "efx_add": _reduce,
+}

@@ -14,7 +14,7 @@ from efx_plugin.kernels.cuda.variants import PANEL_BYTES
 
 
 class PanelBuffer:
-    """Memory for one panel at a time, small enough to stay in the L2 cache.
+    """Memory for one panel at a time.
 
     Streams take turns: each waits, on the device, for the one before. Not so under capture, because a graph is replayed
     on any stream and at any time: on one device one graph at a time may be replayed.

@@ -17,20 +17,23 @@ result is the same, to the bit, in all batches that have as many splits. Argumen
     tokens, rows, splits                 int32
 
 A reckoning, at half density: for a record and 128 tokens a multiprocessor needs 82 cycles to issue instructions, 140 of
-its shared memory, and for the products 128 (A100), 103 (H100), 256 (L40S) or 512 (4090). So a token costs at best 1.1
-times what cuBLAS takes at its peak on an A100, the same on L40S and 4090, and 2.2 times on an H100, where `wgmma`,
-which is not used here, would need 64 cycles; there panels take over early.
+its shared memory, and for the products 128 (A100), 256 (L40S) or 512 (4090). So a token costs at best 1.1 times what
+cuBLAS takes at its peak on an A100, and the same on L40S and 4090. An H100, where it measured 245 cycles, has `wgmma`.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from efx_plugin.kernels.cuda import variants
+from efx_plugin.kernels.cuda.buffer import PanelBuffer
+from efx_plugin.kernels.cuda.driver import Function
 from efx_plugin.kernels.cuda.layout import TILE_COLUMNS, TILE_ROWS, slot_bytes, tiles_of
-from efx_plugin.kernels.cuda.variants import Launch, Variant
+from efx_plugin.kernels.cuda.variants import Launch, Properties, Variant
 
 _WARPS = 4  # of a block
 _ROW_BLOCKS = 2  # blocks of 16 rows that a warp takes
@@ -43,15 +46,7 @@ _PITCH = 4 * (_ROW_BLOCKS * TILE_ROWS + 4)  # bytes of a token's sums on the way
 _EXPANSION = 12
 
 _FEWEST_TILES = 4  # of columns, that are worth a split
-_RESERVED = 1 << 10  # bytes of shared memory that each block takes beside its own
 _BLOCKS_BY_REGISTERS = 2  # that a multiprocessor runs at a time; a thread takes up to 255
-
-
-class Properties(Protocol):
-    """Of a device, as torch tells them."""
-
-    multi_processor_count: int
-    shared_memory_per_multiprocessor: int
 
 
 class Plan(NamedTuple):
@@ -84,7 +79,7 @@ def shared_bytes(variant: Variant) -> int:
 
 def blocks_at_once(all_variants: tuple[Variant, ...], properties: Properties) -> int:
     """Blocks of any of these variants that a device runs at a time."""
-    per_block = max(map(shared_bytes, all_variants)) + _RESERVED
+    per_block = max(map(shared_bytes, all_variants)) + variants.RESERVED_BYTES
     per_multiprocessor = properties.shared_memory_per_multiprocessor // per_block
     return properties.multi_processor_count * max(1, min(_BLOCKS_BY_REGISTERS, per_multiprocessor))
 
@@ -118,6 +113,57 @@ def partial_bytes(variant: Variant, tokens: int, rows: int, splits: int) -> int:
     return splits * _blocks(variant, tokens, rows) * _block_rows(variant) * variant.tokens * 4
 
 
+class Gemm:
+    """The functions for one kind of weight and activations on a device.
+
+    Args:
+        load: loads a variant for an architecture, with so many bytes of dynamic shared memory.
+        architecture: of the device.
+        dtype: of activations.
+        is_int8: weights are int8; else of that dtype too.
+        properties: of the device.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[Variant, str, int], Function],
+        architecture: str,
+        dtype: torch.dtype,
+        is_int8: bool,
+        properties: Properties,
+    ) -> None:
+        self._variants = gemm_variants(dtype, is_int8)
+        self._at_once = blocks_at_once(self._variants, properties)
+        self._gemm = {one: load(one, architecture, shared_bytes(one)) for one in self._variants}
+        reduce = {one: reduce_variant(one) for one in self._variants}
+        self._reduce = {one: load(other, architecture, shared_bytes(other)) for one, other in reduce.items()}
+
+    def multiply(
+        self,
+        operands: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+        y: Tensor,
+        buffer: PanelBuffer,
+        stream: torch.cuda.Stream,
+    ) -> None:
+        """Set y [tokens, out].
+
+        Args:
+            operands: x [tokens, in], starts, records, scales and bias, as `Loaded.multiply` has them.
+            buffer: for partial sums.
+            stream: the current one.
+        """
+        (tokens, columns), rows = operands[0].shape, y.shape[1]
+        how = plan(self._variants, tokens, rows, columns, self._at_once)
+        function, sizes = self._gemm[how.variant], (tokens, rows, columns, how.splits)
+        if how.reduce is None:
+            function.launch(*how.gemm, stream.cuda_stream, (*operands, y, *sizes))
+            return
+        with buffer.borrowed(stream, torch.float32) as partial:
+            function.launch(*how.gemm, stream.cuda_stream, (*operands, partial, *sizes))
+            arguments = (partial, *operands[3:], y, tokens, rows, how.splits)
+            self._reduce[how.variant].launch(*how.reduce, stream.cuda_stream, arguments)
+
+
 def _splits(variant: Variant, tokens: int, rows: int, columns: int, at_once: int) -> int:
     """As many as keep the device busy with one round of blocks, whose sums fit into the buffer."""
     bounds = (
@@ -146,4 +192,5 @@ def _gemm(dtype: torch.dtype, is_int8: bool, token_tiles: int) -> Variant:
         "EFX_WARPS": _WARPS,
     }
     value_bytes = 1 if is_int8 else 2
-    return Variant("efx_gemm", tuple(defines.items()), 8 * token_tiles, _ROW_BLOCKS, value_bytes, "gemm.cu")
+    size = 8 * token_tiles, _ROW_BLOCKS, _WARPS, _STAGES, value_bytes
+    return Variant("efx_gemm", tuple(defines.items()), *size, "gemm.cu")

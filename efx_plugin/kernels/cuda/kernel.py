@@ -1,15 +1,16 @@
 """The kernel `cuda`: sparse linear layers on NVIDIA GPUs from Ampere on.
 
 Up to a number of tokens (`variants.crossovers`) the product is computed straight from the records, by a kernel for few
-tokens or by one for many. Beyond it panels of rows are expanded, one after the other, into one buffer that stays in the
-L2 cache, and multiplied by cuBLAS.
+tokens or by one for many, which is another one on an H100. Beyond it panels of rows are expanded, one after the other,
+into one buffer, and multiplied by cuBLAS.
 
 int8 weights meet activations of 16 bits (W8A16), also where the model quantizes them (W8A8), which would save nothing
 here: results are nearer to those of the unquantized model, and a warning says so.
 
 What takes time or memory once is done in `pack`: functions are compiled and loaded, and the buffer is allocated. So a
 call may be captured in a CUDA graph: it allocates its result alone (and a copy of activations that are not contiguous,
-not aligned, or not a multiple of 64 wide), by torch's allocator, and waits for nothing.
+not aligned, or not a multiple of 64 wide; for many tokens on an H100 one of all), by torch's allocator, and waits for
+nothing.
 """
 
 import logging
@@ -20,10 +21,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from efx_plugin.kernels.cuda import gemm, layout, program, variants
+from efx_plugin.kernels.cuda import layout, program, variants, wgmma
 from efx_plugin.kernels.cuda.buffer import panel_buffer
 from efx_plugin.kernels.cuda.driver import Function
+from efx_plugin.kernels.cuda.gemm import Gemm
 from efx_plugin.kernels.cuda.variants import Launch, Variant
+from efx_plugin.kernels.cuda.wgmma import Wgmma
 
 _CAPABILITY = (8, 0)  # the first that has cp.async, and mma of bfloat16
 _ALIGNMENT = 16  # bytes
@@ -35,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 class CudaKernel:
     name = "cuda"
-    summary = "non-zeros expanded in registers, tensor cores; for the largest batches in the L2 cache, cuBLAS"
+    summary = "non-zeros expanded in registers, tensor cores; for the largest batches in panels, cuBLAS"
     device = "cuda"
 
     def obstacle(self, weight: Tensor, dtype: torch.dtype, scales: Tensor | None) -> str | None:
@@ -70,10 +73,10 @@ class CudaKernel:
         """
         outline = weight.new_empty((*weight.shape, 0))
         if scales is None:
-            loaded(weight.device, weight.dtype, is_int8=False)
+            loaded(weight.device, weight.dtype, is_int8=False).prepare(len(weight))
             return *layout.pack(weight), outline
         for dtype in variants.DTYPES:  # of activations that may come
-            loaded(weight.device, dtype, is_int8=True)
+            loaded(weight.device, dtype, is_int8=True).prepare(len(weight))
         if quantize_activations:
             _warn_of_activations()
         return *layout.pack(weight), outline, scales.clone(memory_format=torch.contiguous_format)
@@ -122,35 +125,31 @@ class Loaded:
 
     Attributes:
         buffer: what panels are expanded into.
+        crossovers: up to how many tokens each way to multiply is used.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, is_int8: bool) -> None:
         capability = torch.cuda.get_device_capability(device)
         arch = program.architecture(capability)
         assert arch is not None, "the kernel's obstacle was not asked for"
-
-        def load(variant: Variant, shared_bytes: int) -> Function:
-            source = variants.source(*variant.files)
-            cubin = program.cached_cubin(source, variant.file, dict(variant.defines), arch)
-            return Function(cubin, variant.symbol, shared_bytes, device.index)
-
-        def load_first(variant: Variant) -> Function:
-            return load(variant, variants.launch(variant, layout.TILE_ROWS, layout.TILE_COLUMNS).shared_bytes)
-
-        def load_gemm(variant: Variant) -> Function:
-            return load(variant, gemm.shared_bytes(variant))
-
-        self._device = device
-        self._crossovers = variants.crossovers(capability)
-        self._decode = [(variant, load_first(variant)) for variant in variants.decode_variants(dtype, is_int8)]
+        self._device, self._arch, self._kind = device, arch, (dtype, is_int8)
+        self._properties = torch.cuda.get_device_properties(device)
+        self.crossovers = variants.crossovers(capability)
+        self._decode: dict[Variant, Function] = {}
+        self._chosen: dict[tuple[int, int], tuple[Function, Variant]] = {}  # by rows and tokens
         self._expand_variant = variants.expand_variant(dtype, is_int8)
-        self._expand = load_first(self._expand_variant)
-        self._gemm_variants = gemm.gemm_variants(dtype, is_int8)
-        self._gemm = {one: load_gemm(one) for one in self._gemm_variants}
-        self._reduce = {one: load_gemm(gemm.reduce_variant(one)) for one in self._gemm_variants}
-        properties = torch.cuda.get_device_properties(device)
-        self._gemm_blocks = gemm.blocks_at_once(self._gemm_variants, properties)
+        self._expand = self._load_first(self._expand_variant)
+        self._many: Gemm | Wgmma
+        if capability == wgmma.CAPABILITY:
+            self._many = Wgmma(self._load, dtype, is_int8, self._properties)
+        else:
+            self._many = Gemm(self._load, arch, dtype, is_int8, self._properties)
         self.buffer = panel_buffer(device)
+
+    def prepare(self, rows: int) -> None:
+        """Load what weights of so many rows need."""
+        for tokens in range(1, self.crossovers.decode + 1):
+            self._choose(rows, tokens)
 
     def multiply(
         self, x: Tensor, starts: Tensor, records: Tensor, scales: Tensor | None, bias: Tensor | None, y: Tensor
@@ -164,39 +163,30 @@ class Loaded:
             y: contiguous.
         """
         tokens = x.shape[0]
-        if tokens <= self._crossovers.decode:
+        if tokens <= self.crossovers.decode:
             self.multiply_records(x, starts, records, scales, bias, y)
-        elif tokens <= self._crossovers.gemm:
-            self.multiply_gemm(x, starts, records, scales, bias, y)
+        elif tokens <= self.crossovers.gemm:
+            self.multiply_many(x, starts, records, scales, bias, y)
         else:
             self.multiply_panels(x, starts, records, scales, bias, y)
 
     def multiply_records(
         self, x: Tensor, starts: Tensor, records: Tensor, scales: Tensor | None, bias: Tensor | None, y: Tensor
     ) -> None:
-        """`multiply` for up to 64 tokens."""
+        """`multiply` for up to `crossovers.decode` tokens."""
         (tokens, columns), rows = x.shape, y.shape[1]
-        variant, function = next(pair for pair in self._decode if tokens <= pair[0].tokens)
+        function, variant = self._chosen.get((rows, tokens)) or self._choose(rows, tokens)
         how = _launch(variant, rows, columns)
         stream = torch.cuda.current_stream(self._device).cuda_stream
         arguments = (x, starts, records, scales, bias, y, tokens, rows, columns)
         function.launch(how.grid, how.block, how.shared_bytes, stream, arguments)
 
-    def multiply_gemm(
+    def multiply_many(
         self, x: Tensor, starts: Tensor, records: Tensor, scales: Tensor | None, bias: Tensor | None, y: Tensor
     ) -> None:
         """`multiply` straight from the records, for many tokens."""
-        (tokens, columns), rows = x.shape, y.shape[1]
-        plan = gemm.plan(self._gemm_variants, tokens, rows, columns, self._gemm_blocks)
-        function, sizes = self._gemm[plan.variant], (tokens, rows, columns, plan.splits)
         stream = torch.cuda.current_stream(self._device)
-        if plan.reduce is None:
-            function.launch(*plan.gemm, stream.cuda_stream, (x, starts, records, scales, bias, y, *sizes))
-            return
-        with self.buffer.borrowed(stream, torch.float32) as partial:
-            function.launch(*plan.gemm, stream.cuda_stream, (x, starts, records, scales, bias, partial, *sizes))
-            arguments = (partial, scales, bias, y, tokens, rows, plan.splits)
-            self._reduce[plan.variant].launch(*plan.reduce, stream.cuda_stream, arguments)
+        self._many.multiply((x, starts, records, scales, bias), y, self.buffer, stream)
 
     def multiply_panels(
         self, x: Tensor, starts: Tensor, records: Tensor, scales: Tensor | None, bias: Tensor | None, y: Tensor
@@ -215,6 +205,26 @@ class Loaded:
                     torch.mm(x, dense.T, out=part)
                 else:
                     torch.addmm(bias[first : first + rows], x, dense.T, out=part)
+
+    def _choose(self, rows: int, tokens: int) -> tuple[Function, Variant]:
+        """The variant of `decode` for so many rows and tokens."""
+        dtype, is_int8 = self._kind
+        most, properties = self.crossovers.decode, self._properties
+        warps = variants.decode_warps(rows, 1 if is_int8 else 2, most, properties)
+        fit = variants.decode_variants(dtype, is_int8, warps, most)
+        variant = variants.decode_variant(fit, tokens, rows, properties.multi_processor_count)
+        if variant not in self._decode:
+            self._decode[variant] = self._load_first(variant)
+        self._chosen[rows, tokens] = self._decode[variant], variant
+        return self._chosen[rows, tokens]
+
+    def _load_first(self, variant: Variant) -> Function:
+        how = variants.launch(variant, layout.TILE_ROWS, layout.TILE_COLUMNS)
+        return self._load(variant, self._arch, how.shared_bytes)
+
+    def _load(self, variant: Variant, arch: str, shared_bytes: int) -> Function:
+        cubin = program.cached_cubin(variants.source(*variant.files), variant.file, dict(variant.defines), arch)
+        return Function(cubin, variant.symbol, shared_bytes, self._device.index)
 
 
 @cache

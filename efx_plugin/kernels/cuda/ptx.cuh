@@ -35,6 +35,7 @@ DEVICE uint4 load128(u32 from) {
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "r"(from));
     return value;
 }
+DEVICE void store16(u32 to, u16 value) { asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(value) : "memory"); }
 DEVICE void store32(u32 to, u32 value) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory"); }
 
 // Four of the eight bytes of `low` and `high`, by the four nibbles of the selector; 8 more repeat the byte's sign.

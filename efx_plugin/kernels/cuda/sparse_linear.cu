@@ -19,8 +19,8 @@ struct Activations {
     }
 };
 
-// y = x W^T + bias, of int8 weights with scales of the rows. A thread block takes kRowBlocks blocks of 16 rows; each of its warps a share of the columns, the same
-// for all variants, so that a result does not depend on the variant. Lane 4g + t holds the fragments that the PTX ISA
+// y = x W^T + bias, of int8 weights with scales of the rows. A thread block takes kRowBlocks blocks of 16 rows; each of
+// its warps a share of the columns, so that with as many warps all variants have the same results. Lane 4g + t holds the fragments that the PTX ISA
 // ("Matrix Fragments for mma.m16n8k16 with floating point type") names so: of A the weights of rows g and g + 8, of B the
 // activations of token g, of the sums the tokens 2t and 2t + 1 of rows g and g + 8.
 extern "C" __global__ void __launch_bounds__(kWarps * 32)

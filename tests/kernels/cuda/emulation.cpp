@@ -1,9 +1,10 @@
 // Runs the kernels of EFX_SOURCE on a CPU. A thread of a block is a fiber, which runs until it meets others: at a barrier
-// or at an instruction that a warp executes together. What ptx.cuh wraps is computed here as the PTX ISA describes it.
-// EFX_GEMM says which kernels the source has.
+// or at an instruction that a warp executes together. What ptx.cuh and hopper.cuh wrap is computed here as the PTX ISA
+// describes it. EFX_GEMM and EFX_WGMMA say which kernels the source has.
 #include <csetjmp>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <vector>
 
 #include <ucontext.h>
@@ -40,6 +41,26 @@ struct Access {
     u32 address;
 };
 
+// An "mbarrier" in shared memory, and the bulk copies that it expects and that are under way.
+struct BulkCopy {
+    u32 to;
+    std::vector<u8> bytes;
+};
+struct Barrier {
+    int arrivals, pending;
+    long bytes;  // that are expected, less those that came
+    u32 parity;  // of the phase that is going on
+    std::vector<BulkCopy> copies;
+};
+
+// A product of a warpgroup: what a thread takes of it. It is under way until the thread waits for it.
+struct Product {
+    float a[2][16];  // rows g and g + 8
+    u32 b;           // begins there
+    float* sums;
+    int tokens;
+};
+
 struct Thread {
     ucontext_t start;
     jmp_buf resume;
@@ -49,6 +70,9 @@ struct Thread {
     std::vector<std::vector<Copy>> copies;     // under way, by groups; the last one is open
     int groups;                                // of copies, that are closed
     int before[kKinds], index[kKinds];         // of the last access of a kind
+    const Barrier* waits;                      // for a phase of this one to end, or null
+    u32 parity;                                // of that phase
+    std::vector<std::vector<Product>> products;  // under way, by groups; the last one is open
 };
 
 // What a lane shows the others at a meeting of its warp.
@@ -63,12 +87,13 @@ std::vector<long> arrived_at_warp;  // arrivals at its meetings, by warp
 long arrived_at_block;
 std::vector<Shown> shown[2];  // by thread, at alternate meetings
 std::vector<u8> shared;
+std::map<u32, Barrier> barriers;  // by address
 struct Range {
     const u8 *begin, *end;
 };
 std::vector<Range> readable;  // global memory
 bool at_once;     // asynchronous copies land at once, not as late as they may
-bool descending;  // lanes run in falling order
+bool descending;  // lanes run in falling order, and warps by turns from meeting to meeting
 long faults;
 jmp_buf scheduler;
 
@@ -90,10 +115,13 @@ void meet_block() {
     self().meetings_of_block++, arrived_at_block++;
     wait_for_others();
 }
+bool is_over(const Barrier& barrier, u32 parity) { return barrier.parity != parity; }
 bool may_run(const Thread& thread, int warp) {
-    return !thread.done && arrived_at_warp[warp] >= 32 * thread.meetings_of_warp &&
+    return !thread.done && (!thread.waits || is_over(*thread.waits, thread.parity)) && arrived_at_warp[warp] >= 32 * thread.meetings_of_warp &&
            arrived_at_block >= (long)threads.size() * thread.meetings_of_block;
 }
+
+bool land_one();  // a bulk copy, if one is under way
 
 void run_thread() {
     kernel(arguments);
@@ -118,6 +146,7 @@ void run_block(int count, size_t shared_bytes) {
         thread.started = thread.done = false;
         thread.meetings_of_warp = thread.meetings_of_block = thread.groups = 0;
         for (int& before : thread.before) before = -1;
+        thread.waits = nullptr, thread.products.assign(1, {});
         thread.copies.assign(1, {});
         thread.stack.resize(kStackBytes);
         getcontext(&thread.start);
@@ -126,6 +155,7 @@ void run_block(int count, size_t shared_bytes) {
         thread.start.uc_link = nullptr;
         makecontext(&thread.start, run_thread, 0);
     }
+    barriers.clear();
     for (bool moved = true; moved;) {
         moved = false;
         for (int warp = 0; warp < count / 32; warp++)
@@ -133,9 +163,10 @@ void run_block(int count, size_t shared_bytes) {
                 warp_moved = false;
                 for (int i = 0; i < 32; i++) {
                     const int index = 32 * warp + (descending ? 31 - i : i);
-                    if (may_run(threads[index], warp)) resume(index), moved = warp_moved = true;
+                    if (may_run(threads[index], warp)) resume(index), moved = true, warp_moved = !descending;
                 }
             }
+        if (!moved) moved = land_one();  // as late as it may
     }
     for (const Thread& thread : threads) faults += !thread.done;  // threads wait for each other for ever
 }
@@ -166,6 +197,40 @@ void read(void* to, const void* from, size_t size) {
     std::memset(to, 0xFF, size);
 }
 void land(const Copy& copy) { std::memcpy(at(copy.to, 16), copy.bytes, 16); }
+
+Barrier& barrier_at(u32 address) {
+    static Barrier elsewhere;
+    const auto found = barriers.find(address);
+    if (found != barriers.end()) return found->second;
+    faults++;  // it was not initialized
+    return elsewhere;
+}
+// Ends the phase if all came.
+void settle_barrier(Barrier& barrier) {
+    if (barrier.pending || barrier.bytes) return;
+    barrier.pending = barrier.arrivals, barrier.parity ^= 1;
+}
+void arrive_at(u32 address, long bytes) {
+    Barrier& barrier = barrier_at(address);
+    faults += barrier.pending == 0;  // more than it expects
+    barrier.pending--, barrier.bytes += bytes;
+    settle_barrier(barrier);
+}
+void land(Barrier& barrier, const BulkCopy& copy) {
+    for (size_t i = 0; i < copy.bytes.size(); i += 16) std::memcpy(at(copy.to + i, 16), copy.bytes.data() + i, 16);
+    barrier.bytes -= copy.bytes.size();
+    settle_barrier(barrier);
+}
+bool land_one() {
+    for (auto& [address, barrier] : barriers)
+        if (!barrier.copies.empty()) {
+            const BulkCopy copy = barrier.copies.front();
+            barrier.copies.erase(barrier.copies.begin());
+            land(barrier, copy);
+            return true;
+        }
+    return false;
+}
 
 // Shows a lane's state to its warp; returns what all its lanes show.
 const Shown* exchange(const Shown& mine) {
@@ -313,6 +378,79 @@ inline void mma(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     }
 }
 
+#if EFX_WGMMA
+inline void store16(u32 to, u16 value) { std::memcpy(machine::at(to, 2), &value, 2); }
+
+inline void init_barrier(u32 barrier, int arrivals) {
+    machine::at(barrier, 8);
+    machine::barriers[barrier] = {arrivals, arrivals, 0, 0, {}};
+}
+inline void publish_barriers() {}
+inline void arrive(u32 barrier) { machine::arrive_at(barrier, 0); }
+inline void arrive_expecting(u32 barrier, u32 bytes) { machine::arrive_at(barrier, bytes); }
+inline void wait_barrier(u32 barrier, u32 parity) {
+    machine::Thread& self = machine::self();
+    self.waits = &machine::barrier_at(barrier), self.parity = parity;
+    if (!machine::is_over(*self.waits, parity)) machine::wait_for_others();
+    self.waits = nullptr;
+}
+inline void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
+    if (bytes % 16 || bytes > machine::shared.size()) machine::faults++, bytes = 0;
+    machine::BulkCopy copy = {to, std::vector<u8>(bytes)};
+    for (u32 i = 0; i < bytes; i += 16) machine::read(copy.bytes.data() + i, (const u8*)from + i, 16);
+    machine::Barrier& expecting = machine::barrier_at(barrier);
+    if (machine::at_once) machine::land(expecting, copy);
+    else expecting.copies.push_back(copy);
+}
+
+template <int count> inline void lower_registers() {}
+template <int count> inline void raise_registers() {}
+inline void begin_products() {}
+template <int count> inline void settle(float (&)[count]) {
+    for (const auto& group : machine::self().products) machine::faults += !group.empty();
+}
+
+// Of a descriptor the emulation knows "128-Byte swizzling" with 1024 bytes from 8 rows to the next.
+inline u64 descriptor(u32 address) { return address; }
+
+// B is read when the product is done: unit i of 16 bytes of a row of 128 lies at i ^ (row % 8).
+inline void finish_product(const machine::Product& product) {
+    const int t = threadIdx.x % 4;
+    for (int i = 0; i < product.tokens / 2; i++) {
+        const int token = i / 4 * 8 + 2 * t + i % 2;
+        double sum = product.sums[i];
+        for (int k = 0; k < 16; k++) {
+            const u32 linear = product.b + token * 128 + 2 * k;
+            u16 value;
+            std::memcpy(&value, machine::at(linear ^ (linear >> 7 & 7) << 4, 2), 2);
+            sum += (double)product.a[i / 2 % 2][k] * (double)to_float(value);
+        }
+        product.sums[i] = (float)sum;
+    }
+}
+// "Register Fragments for wgmma.m64nNk16": of A as for `mma`; sums 4j + i as those of `mma` of the columns 8j on.
+template <int count> inline void multiply(float (&sums)[count], const u32 (&a)[4], u64 b) {
+    machine::Shown mine = {};
+    for (int i = 0; i < 4; i++)
+        for (int half = 0; half < 2; half++) mine.a[i][half] = to_float(a[i] >> 16 * half);
+    const machine::Shown* warp = machine::exchange(mine);
+    machine::Product product = {{}, (u32)b, sums, 2 * count};
+    const int g = threadIdx.x % 32 / 4;
+    for (int r = 0; r < 2; r++)
+        for (int k = 0; k < 16; k++) product.a[r][k] = warp[g * 4 + k % 8 / 2].a[r + 2 * (k / 8)][k % 2];
+    if (machine::at_once != machine::descending) finish_product(product);  // so that all four pairs are tried
+    else machine::self().products.back().push_back(product);
+}
+inline void commit_products() { machine::self().products.emplace_back(); }
+template <int groups> inline void wait_products() {
+    auto& products = machine::self().products;
+    while ((int)products.size() - 1 > groups) {
+        for (const machine::Product& product : products.front()) finish_product(product);
+        products.erase(products.begin());
+    }
+}
+#endif
+
 #include EFX_SOURCE
 
 namespace {
@@ -342,7 +480,22 @@ extern "C" const machine::Access* accesses(long* count) {
     return machine::accesses.data();
 }
 
-#if EFX_GEMM
+#if EFX_WGMMA
+extern "C" long emulate_arrange(const Call* call, const u16* x, uint4* image, int tokens, int columns) {
+    return launch(*call, [=] { efx_arrange(x, image, tokens, columns); });
+}
+
+extern "C" long emulate_wgmma(const Call* call, const uint4* image, const u32* starts, const uint4* records,
+                              const float* scales, const u16* bias, void* out, int tokens, int rows, int columns,
+                              int splits) {
+    return launch(*call, [=] { efx_wgmma(image, starts, records, scales, bias, out, tokens, rows, columns, splits); });
+}
+
+extern "C" long emulate_add(const Call* call, const uint4* partial, const float* scales, const u16* bias, u16* y,
+                            int tokens, int rows, int splits) {
+    return launch(*call, [=] { efx_add(partial, scales, bias, y, tokens, rows, splits); });
+}
+#elif EFX_GEMM
 extern "C" long emulate_gemm(const Call* call, const u16* x, const u32* starts, const uint4* records,
                              const float* scales, const u16* bias, void* out, int tokens, int rows, int columns,
                              int splits) {

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from efx_plugin.errors import EfxError
 from efx_plugin.kernels import kernel_summary, pack, registry
-from efx_plugin.kernels.cuda import buffer, gemm, layout, program, variants
+from efx_plugin.kernels.cuda import buffer, gemm, layout, program, variants, wgmma
 from efx_plugin.kernels.cuda.kernel import KERNEL, panels
 from tests.support.fake_gpu import FakeGpu, Stream
 
@@ -21,8 +21,18 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 @pytest.fixture
 def gpu(monkeypatch) -> FakeGpu:
+    """One that changes the way to multiply after 64 and after 512 tokens."""
     gpu = FakeGpu()
     gpu.install(monkeypatch)
+    monkeypatch.setitem(variants.MEASURED, gpu.capability, variants.Crossovers(64, 512))
+    return gpu
+
+
+@pytest.fixture
+def hopper(gpu, monkeypatch) -> FakeGpu:
+    """An H100, which changes it after 16 and after 512 tokens."""
+    gpu.capability, gpu.multi_processor_count, gpu.shared_memory_per_multiprocessor = (9, 0), 132, 228 << 10
+    monkeypatch.setitem(variants.MEASURED, gpu.capability, variants.Crossovers(16, 512))
     return gpu
 
 
@@ -71,6 +81,19 @@ def test_is_the_product_for_any_number_of_tokens(gpu, small_panels, shape, token
     torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, bias))
     expected = "efx_decode" if tokens <= 64 else "efx_gemm" if tokens <= 512 else "efx_expand"
     assert {one.symbol for one in gpu.launched} == {expected}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(48, 64), (33, 24), (50, 1000)])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 300, 513])
+def test_is_the_product_on_an_h100_too(hopper, shape, tokens, dtype):
+    rows, columns = shape
+    weight = sparse_weight(rows, columns, dtype)
+    x, bias = torch.randn(tokens, columns).to(dtype), torch.randn(rows).to(dtype)
+    y = linear(x, KERNEL.pack(weight, None, False), bias, rows)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, bias))
+    expected = "efx_decode" if tokens <= 16 else "efx_wgmma" if tokens <= 512 else "efx_expand"
+    assert {one.symbol for one in hopper.launched} - {"efx_arrange", "efx_add"} == {expected}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -134,7 +157,7 @@ def test_activations_that_are_in_order_are_not_copied(gpu):
     weight, x = sparse_weight(20, 128), torch.randn(2, 128).bfloat16()
     packed = KERNEL.pack(weight, None, False)
     with Recorder() as recorder:
-        linear(x, packed, None, 20)
+        KERNEL.linear(x, packed, None, 20)
     assert recorder.allocated == [(2, 20)]
 
 
@@ -160,7 +183,7 @@ def test_what_does_not_fit_is_refused(gpu):
 
 
 class Recorder(TorchDispatchMode):
-    """The operators that are called, and the shapes of the memory that they allocate."""
+    """The operators that are called, and the shapes of the memory that they allocate; not those within an operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,12 +213,25 @@ def test_a_call_compiles_nothing_and_allocates_its_result_alone(gpu, tokens, wit
     assert compiled == loaded == (18 if is_int8 else 9)
     gpu.is_capturing = True
     with Recorder() as recorder:
-        linear(x, packed, bias, 80)
+        KERNEL.linear(x, packed, bias, 80)
     assert recorder.allocated == [(tokens, 80)]
     assert (len(gpu.compiled), len(gpu.loaded)) == (compiled, loaded)
     # Nothing that waits for the device, as a number read from it or a copy to the host does.
-    views = {"aten::view", "aten::view.dtype", "aten::slice.Tensor", "aten::permute"}
-    assert set(recorder.called) - views <= {"efx::sparse_linear", "aten::new_empty", "aten::mm.out", "aten::addmm.out"}
+    views = {"aten::view", "aten::view.dtype", "aten::slice.Tensor", "aten::permute", "aten::detach", "aten::alias"}
+    assert set(recorder.called) - views <= {"aten::new_empty", "aten::mm.out", "aten::addmm.out"}
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 200, 1000])
+@pytest.mark.parametrize("columns", [64, 1024])  # of which the second are split among blocks, for many tokens
+def test_a_call_on_an_h100_allocates_activations_in_another_order_besides(hopper, tokens, columns):
+    packed = KERNEL.pack(sparse_weight(80, columns), None, False)
+    x = torch.randn(tokens, columns).bfloat16()
+    compiled, hopper.is_capturing = len(hopper.compiled), True
+    with Recorder() as recorder:
+        KERNEL.linear(x, packed, None, 80)
+    plan = wgmma.plan(wgmma.wgmma_variants(torch.bfloat16), tokens, 80, columns, hopper.multi_processor_count)
+    copied = [(wgmma.image_bytes(plan.variant, tokens, columns) // 2,)] if 16 < tokens <= 512 else []
+    assert recorder.allocated == [(tokens, 80), *copied] and len(hopper.compiled) == compiled
 
 
 def test_it_is_compiled_once_per_dtype(gpu):
@@ -212,7 +248,8 @@ def test_few_tokens_are_one_launch_on_the_current_stream(gpu, tokens):
     packed = KERNEL.pack(sparse_weight(rows, columns), None, False)
     gpu.stream = Stream(0x123, gpu)
     linear(torch.randn(tokens, columns).bfloat16(), packed, None, rows)
-    how = variants.launch(variants.decode_variant(torch.bfloat16, tokens), rows, columns)
+    variant = variants.decode_variant(variants.decode_variants(torch.bfloat16), tokens, rows, gpu.multi_processor_count)
+    how = variants.launch(variant, rows, columns)
     expected = ("efx_decode", 0x123, how.grid, how.block, how.shared_bytes, (tokens, rows, columns))
     assert gpu.launched == [expected]
 
@@ -224,11 +261,28 @@ def test_many_tokens_are_one_launch_or_with_splits_two_on_the_current_stream(gpu
     packed = KERNEL.pack(sparse_weight(rows, columns), None, False)
     gpu.stream = Stream(0x123, gpu)
     linear(torch.randn(tokens, columns).bfloat16(), packed, None, rows)
-    plan = gemm.plan(gemm.gemm_variants(torch.bfloat16), tokens, rows, columns, at_once=2 * 132)
+    plan = gemm.plan(gemm.gemm_variants(torch.bfloat16), tokens, rows, columns, at_once=2 * 108)
     expected = [("efx_gemm", 0x123, *plan.gemm, (tokens, rows, columns, plan.splits))]
     if columns > 128:
         expected += [("efx_reduce", 0x123, *plan.reduce, (tokens, rows, plan.splits))]
     assert gpu.launched == expected
+
+
+@pytest.mark.parametrize("tokens", [17, 33, 129, 512])
+@pytest.mark.parametrize("columns", [128, 1024])
+def test_many_tokens_on_an_h100_are_two_launches_or_with_splits_three(hopper, tokens, columns):
+    rows = 90
+    packed = KERNEL.pack(sparse_weight(rows, columns), None, False)
+    hopper.stream = Stream(0x123, hopper)
+    linear(torch.randn(tokens, columns).bfloat16(), packed, None, rows)
+    plan = wgmma.plan(wgmma.wgmma_variants(torch.bfloat16), tokens, rows, columns, hopper.multi_processor_count)
+    expected = [
+        ("efx_arrange", 0x123, *plan.arrange, (tokens, columns)),
+        ("efx_wgmma", 0x123, *plan.wgmma, (tokens, rows, columns, plan.splits)),
+    ]
+    if columns > 128:
+        expected += [("efx_add", 0x123, *plan.add, (tokens, rows, plan.splits))]
+    assert hopper.launched == expected
 
 
 def test_the_largest_batches_are_a_launch_per_panel_on_the_current_stream(gpu, small_panels):
@@ -431,7 +485,7 @@ def test_without_nvrtc_the_reference_serves_and_says_what_to_install(devices, mo
         ((4, 4), torch.int8, "the sparse kernel for GPUs takes bfloat16 and float16, not float32"),
         ((0, 4), torch.bfloat16, "the weight is empty"),
         ((4, 0), torch.bfloat16, "the weight is empty"),
-        ((1, 2**19 + 1), torch.bfloat16, "the sparse kernel for GPUs takes rows of up to 524288 weights, not 524289"),
+        ((1, 2**21 + 1), torch.bfloat16, "the sparse kernel for GPUs takes rows of up to 2097152 weights, not 2097153"),
     ],
 )
 def test_what_it_does_not_take_is_left_to_the_reference(devices, monkeypatch, shape, dtype, expected, forced):

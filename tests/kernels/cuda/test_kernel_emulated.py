@@ -21,7 +21,8 @@ def gpu(monkeypatch, gpus) -> FakeGpu:
 
     def compute(function, how, arguments):
         geometry = variants.Launch(how.grid, how.block, how.shared_bytes)
-        variant = variants.Variant("", tuple(function.defines.items()), 0, 0, 0, function.file)
+        headers = ("hopper.cuh",) if function.file == "wgmma.cu" else ()
+        variant = variants.Variant("", tuple(function.defines.items()), 0, 0, 0, 0, 0, function.file, headers)
         gpus(variant).launch(how.symbol, geometry, arguments)
 
     monkeypatch.setattr(gpu, "compute", compute)
@@ -53,6 +54,16 @@ def test_many_tokens(gpu, shape, tokens, is_int8):
     check(shape, tokens, is_int8)
     is_split = shape[1] == 1000
     assert [one.symbol for one in gpu.launched] == ["efx_gemm", "efx_reduce"][: 1 + is_split]
+
+
+@every_kind
+@pytest.mark.parametrize("tokens", [17, 40])
+@pytest.mark.parametrize("shape", [(100, 128), (33, 100), (150, 1000)])
+def test_many_tokens_on_an_h100(gpu, shape, tokens, is_int8):
+    gpu.capability, gpu.multi_processor_count, gpu.shared_memory_per_multiprocessor = (9, 0), 132, 228 << 10
+    check(shape, tokens, is_int8)
+    is_split = shape[1] == 1000
+    assert [one.symbol for one in gpu.launched] == ["efx_arrange", "efx_wgmma", "efx_add"][: 2 + is_split]
 
 
 @every_kind

@@ -17,10 +17,20 @@ from tests.support.emulated_gpu import EmulatedGpu, emulated_source
 from tests.support.sparse_products import KINDS, MASKS, Case, is_near, padded, rounded, value
 
 CASES = int(os.environ.get("EFX_EMULATED_CASES", "800"))
-VARIANTS = [(variant, *kind) for kind in KINDS for variant in variants.decode_variants(*kind)]
+# All sizes, each with another number of warps.
+WARPS = (4, 6, 8, 12, 16)
+VARIANTS = [
+    (variants.decode_variants(*kind, WARPS[(index + shift) % (3 if size.tokens > 16 else 5)])[index], *kind)
+    for shift, kind in enumerate(KINDS)
+    for index, size in enumerate(variants.decode_variants(*kind))
+]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 every_kind = pytest.mark.parametrize(("dtype", "is_int8"), KINDS)
+
+
+def variant_for(dtype: torch.dtype, tokens: int, is_int8: bool = False) -> Variant:
+    return next(one for one in variants.decode_variants(dtype, is_int8) if tokens <= one.tokens)
 
 
 def random_case(variant: Variant, dtype: torch.dtype, is_int8: bool, seed: int) -> Case:
@@ -66,15 +76,16 @@ def test_products_and_expansions_are_those_of_float64(gpus, number, part):
 
 @every_kind
 def test_a_token_does_not_depend_on_its_batch(gpus, dtype, is_int8):
+    """Nor on how many rows a block takes."""
     case = Case(dtype, is_int8, tokens=64, rows=20, columns=600)
     x, weight, scales, bias = case.tensors()
     packed = (*layout.pack(weight), scales)
-    gpu = gpus(variants.decode_variant(dtype, 1, is_int8))
+    gpu = gpus(variant_for(dtype, 1, is_int8))
     alone = torch.cat([gpu.decode(padded(token[None]), packed, bias, case.rows) for token in x[:8]])
-    for tokens in (8, 9, 17, 33, 64):
-        gpu = gpus(variants.decode_variant(dtype, tokens, is_int8))
-        together = gpu.decode(padded(x[:tokens]), packed, bias, case.rows)
-        assert torch.equal(together[:8], alone)
+    for variant in variants.decode_variants(dtype, is_int8):
+        for tokens in (variant.tokens // 2 + 1, variant.tokens):
+            together = gpus(variant).decode(padded(x[:tokens]), packed, bias, case.rows)
+            assert torch.equal(together[:8], alone[:tokens])
 
 
 @every_kind
@@ -85,7 +96,7 @@ def test_what_is_no_number_stays_within_its_token_and_spreads_as_in_a_dense_prod
     if not is_int8:
         weight[3, 50] = -torch.inf
     packed = (*layout.pack(weight), scales)
-    y = gpus(variants.decode_variant(dtype, 4, is_int8)).decode(padded(x), packed, bias, case.rows)
+    y = gpus(variant_for(dtype, 4, is_int8)).decode(padded(x), packed, bias, case.rows)
     dense = x.double() @ value(weight, scales).T + bias.double()
     assert torch.equal(y.isnan(), dense.isnan()) and torch.equal(y.isinf(), dense.isinf())
 
@@ -95,7 +106,7 @@ def test_what_is_no_number_stays_within_its_token_and_spreads_as_in_a_dense_prod
 def test_a_panel_is_those_rows(gpus, panel, dtype, is_int8):
     _, weight, scales, _ = Case(dtype, is_int8, tokens=1, rows=85, columns=150).tensors()
     first, rows, columns = panel
-    gpu = gpus(variants.decode_variant(dtype, 1, is_int8))
+    gpu = gpus(variant_for(dtype, 1, is_int8))
     dense = gpu.expand((*layout.pack(weight), scales), dtype, panel)
     expected = torch.nn.functional.pad(rounded(weight, scales, dtype), (0, columns - 150))
     assert torch.equal(dense, expected[first : first + rows])
@@ -105,7 +116,7 @@ def test_a_panel_is_those_rows(gpus, panel, dtype, is_int8):
 def test_every_integer_is_expanded_to_itself(gpus, dtype):
     weight = torch.arange(-128, 128).to(torch.int8).repeat(16).view(64, 64)
     packed = (*layout.pack(weight), torch.ones(64))
-    gpu = gpus(variants.decode_variant(dtype, 64, is_int8=True))
+    gpu = gpus(variant_for(dtype, 64, is_int8=True))
     assert torch.equal(gpu.decode(torch.eye(64, dtype=dtype), packed, None, 64).T, weight.to(dtype))
     assert torch.equal(gpu.expand(packed, dtype, (0, 64, 64)), weight.to(dtype))
 
@@ -234,13 +245,13 @@ def probe(gpu: EmulatedGpu, is_int8: bool) -> None:
 
 @pytest.mark.parametrize("is_int8", [False, True])
 def test_probes_pass_without_a_mutation(gpus, is_int8):
-    probe(gpus(variants.decode_variant(torch.bfloat16, 32, is_int8)), is_int8)
+    probe(gpus(variant_for(torch.bfloat16, 32, is_int8)), is_int8)
 
 
 @pytest.mark.parametrize(("is_int8", "mutation"), PLANTED)
 def test_a_planted_fault_is_caught(tmp_path, is_int8, mutation):
     before, after = (MUTATIONS_OF_INT8 if is_int8 else MUTATIONS)[mutation]
-    mutated = variants.decode_variant(torch.bfloat16, 32, is_int8)
+    mutated = variant_for(torch.bfloat16, 32, is_int8)
     source = emulated_source(mutated)
     assert source.count(before) == 1
     gpu = EmulatedGpu(mutated, tmp_path, source.replace(before, after), optimize="-O1")
