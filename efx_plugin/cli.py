@@ -99,7 +99,7 @@ def prune(
         typer.Option(
             metavar="NAME|FILE",
             help=f"llm-compressor recipe: one of {', '.join(builtin_recipes())}, or a YAML file. "
-            "Without: the default method, with the two options below.",
+            "Without: the default method, with the three options below.",
         ),
     ] = None,
     sparsity: Annotated[
@@ -109,6 +109,13 @@ def prune(
         str | None,
         typer.Option(
             metavar="N:M", help="Prune N of every M weights, without --recipe; 0:0 is unstructured.  [default: 0:0]"
+        ),
+    ] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCHEME",
+            help="Quantize each layer once it is pruned, without --recipe: W8A8, W8A16 or W4A16.  [default: none]",
         ),
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Directory or hub name of a LoRA adapter to merge in.")] = None,
@@ -139,7 +146,7 @@ def prune(
     request = PruneRequest(
         model,
         output,
-        _choose_recipe(recipe, sparsity, mask_structure),
+        _choose_recipe(recipe, sparsity, mask_structure, quantization),
         dataset,
         adapter=adapter,
         text_field=text_field,
@@ -572,14 +579,16 @@ def _bars(console: Console, title: str, fractions: dict[str, float]) -> None:
     console.print(chart)
 
 
-def _choose_recipe(recipe: str | None, sparsity: float | None, mask_structure: str | None) -> "RecipeText":
+def _choose_recipe(
+    recipe: str | None, sparsity: float | None, mask_structure: str | None, quantization: str | None
+) -> "RecipeText":
     from efx_plugin.compress.recipe import default_recipe, find_recipe
 
     if recipe is None:
-        return default_recipe(sparsity, mask_structure)
-    if sparsity is not None or mask_structure is not None:
-        option = "--sparsity" if mask_structure is None else "--mask-structure"
-        raise UsageError(f"{option} is for the default recipe and {recipe} has its own: pass one of the two")
+        return default_recipe(sparsity, mask_structure, quantization)
+    options = {"--quantization": quantization, "--mask-structure": mask_structure, "--sparsity": sparsity}
+    if given := next((option for option, value in options.items() if value is not None), None):
+        raise UsageError(f"{given} is for the default recipe and {recipe} has its own: pass one of the two")
     return find_recipe(recipe)
 
 

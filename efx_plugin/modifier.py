@@ -13,12 +13,13 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from efx_plugin.engine.arguments import PruningArguments
+from efx_plugin.engine.arguments import PruningArguments, Quantization
 from efx_plugin.engine.block_pruner import BlockPruner
 from efx_plugin.engine.blocks import allocate_over_blocks, layer_sparsities, plan_blocks
 from efx_plugin.engine.compute_dtype import warn_of_slow_dtype
 from efx_plugin.engine.distributed import gather_objects, world
 from efx_plugin.engine.fisher import Fisher, measure_fisher, no_layer_allocation, obstacle_to_loss
+from efx_plugin.engine.quantization import describe_layers, plan_grids, refuse_other_quantization
 from efx_plugin.engine.report import PrunedLayer, summary
 from efx_plugin.engine.zeros import pack_mask, restore_zeros
 from efx_plugin.errors import EfxError
@@ -48,8 +49,11 @@ class EfficientXpertModifier(PruningArguments, Modifier):
     the unpruned model. Weights are scored, masked and repaired with their adapters merged; afterwards the adapters add
     nothing, and `merge_adapters(peft_model)` or PEFT's own `merge_and_unload` returns the model with its zeros.
 
-    `QuantizationModifier` or `GPTQModifier` may follow in the recipe. GPTQ moves rounding errors onto other weights of
-    a row, pruned ones among them; what it put there is taken back, and the log says how much it was.
+    With `quantization` each layer is quantized as soon as it is repaired. Rounding errors are made up for by kept
+    weights alone, and later blocks are calibrated on what the quantized ones before them give.
+
+    Instead, `QuantizationModifier` or `GPTQModifier` may follow in the recipe. GPTQ moves rounding errors onto other
+    weights of a row, pruned ones among them; what it put there is taken back, and the log says how much it was.
 
     Lifecycle:
         - on_initialize: find targets and adapters, check the model
@@ -59,13 +63,19 @@ class EfficientXpertModifier(PruningArguments, Modifier):
         - on_finalize: take back what quantization put in place of zeros, check that every targeted layer was pruned
           and that the zeros are there
 
-    Args: those of `PruningArguments`.
+    Args: those of `PruningArguments`, and
+
+        quantization: what to quantize the pruned layers to, symmetrically: "W8A8" (8-bit weights, a scale for each row;
+            8-bit activations, a scale for each token), "W8A16" (8-bit weights, a scale for each row) or "W4A16" (4-bit
+            weights, a scale for each 128 of a row; for 64 or 32 where 128 do not divide it). None leaves them as they
+            are.
 
     Attributes:
         report: after `oneshot`, what became of each layer.
     """
 
     requires_calibration_data: bool = True
+    quantization: Quantization | None = None
 
     _pruners: list[BlockPruner] = PrivateAttr(default_factory=list)
     _results: dict[str, list[PrunedLayer]] = PrivateAttr(default_factory=dict)
@@ -80,6 +90,10 @@ class EfficientXpertModifier(PruningArguments, Modifier):
     def report(self) -> list[PrunedLayer]:
         """What became of each layer, in the model's order; empty until `on_finalize`."""
         return self._report
+
+    @property
+    def uses_grams(self) -> bool:
+        return super().uses_grams or self.quantization is not None
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         if state.data is None or state.data.calib is None:
@@ -97,6 +111,10 @@ class EfficientXpertModifier(PruningArguments, Modifier):
         if self.allocation == "layer":
             assert fisher is not None  # else it has been refused
             self._sparsities = allocate_over_blocks(plans, self, fisher.sensitivities, fisher.energies)
+        grids = None
+        if self.quantization is not None:
+            grids = plan_grids(plans, self.quantization)
+            describe_layers(self._layers, grids, self.quantization)
         self._pruners = [
             BlockPruner(
                 model,
@@ -105,6 +123,7 @@ class EfficientXpertModifier(PruningArguments, Modifier):
                 sparsities=self._sparsities,
                 token_mask=self._token_mask,
                 sensitivities=None if fisher is None else fisher.sensitivities,
+                grids=grids,
             )
             for plan in plans
         ]
@@ -140,6 +159,8 @@ class EfficientXpertModifier(PruningArguments, Modifier):
         return mask
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        if self.quantization is not None:
+            refuse_other_quantization(self._layers.values())
         for pruner in self._pruners:
             pruner.attach(self.register_hook)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
@@ -303,15 +304,57 @@ def test_from_pretrained_names_the_way_that_works(cases, tmp_path):
         assert REMEDY in outcome and "use efx_plugin.load_sparse" in outcome
 
 
-def test_four_bits_are_refused(source, tmp_path):
+def test_four_bits_are_stored_as_llm_compressor_does_it(source, tmp_path):
     arguments = W8A16.replace("num_bits: 8", "num_bits: 4").replace("STRATEGY", "group, group_size: 32")
     model = prune_and_quantize(source, "0:0", "QuantizationModifier", arguments)
-    with pytest.raises(EfxError, match="quantized to 4 bits as pack-quantized, which leaves a sparse format nothing"):
-        save_sparse(model, tmp_path / "sparse")
+    save_sparse(model, tmp_path / "saved", progress=False)
     model.save_pretrained(tmp_path / "quantized")
-    with pytest.raises(EfxError, match="quantized to 4 bits as pack-quantized"):
+    assert_same(tensors_of(tmp_path / "quantized"), tensors_of(tmp_path / "saved"))
+    ours, theirs = (
+        json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        for name in ("saved", "quantized")
+    )
+    assert {key: value for key, value in ours.items() if key != "version"} == {
+        key: value for key, value in theirs.items() if key not in ("version", "sparsity_config", "transform_config")
+    }
+    assert "% are zero; they are stored like any other value" in (tmp_path / "saved" / "README.md").read_text()
+    with pytest.raises(EfxError, match="quantized to 4 bits as pack-quantized, which leaves a sparse format nothing"):
         export_checkpoint(tmp_path / "quantized", tmp_path / "sparse")
+    with pytest.raises(EfxError, match="sparse-bitmask stores weights of eight bits or more"):
+        save_sparse(model, tmp_path / "sparse", "sparse-bitmask")
     assert not (tmp_path / "sparse").exists()
+
+
+@pytest.mark.parametrize("quantization", ["W8A8", "W8A16", "W4A16"])
+def test_quantized_as_it_is_pruned(source, tmp_path, quantization):
+    """In one pass, with an adapter: zeros and integers are those of the checkpoint, and no modifier fills a zero."""
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(source, dtype="auto"),
+        LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    recipe = PRUNE.replace("STRUCTURE", "0:0") + f"      quantization: {quantization}\n"
+    run_recipe(adapted.base_model.model, recipe, source)
+    model = efx_plugin.merge_adapters(adapted)
+    weights = {name: weight.clone() for name, weight in model.named_parameters() if name.endswith("_proj.weight")}
+    assert abs(float((torch.cat([weight.flatten() for weight in weights.values()]) == 0).float().mean()) - 0.5) < 0.02
+    save_sparse(model, tmp_path / "saved", progress=False)
+    if quantization == "W4A16":
+        options = CompressedTensorsConfig(dequantize=True)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", quantization_config=options)
+    else:
+        loaded = load_sparse(tmp_path / "saved")
+    assert_same(weights, {name: weight for name, weight in loaded.named_parameters() if name in weights})
+
+
+def test_one_modifier_quantizes(source):
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    recipe = PRUNE.replace("STRUCTURE", "0:0") + "      quantization: W8A16\n" + quantize(*QUANTIZATIONS["W8A8 GPTQ"])
+    with pytest.raises(EfxError, match="by EfficientXpertModifier and by another modifier of the recipe"):
+        run_recipe(model, recipe, source)
 
 
 def test_the_public_name_saves_a_quantized_model_too(source, tmp_path):

@@ -19,8 +19,9 @@ from efx_plugin.checkpoint.fit import check_fit
 from efx_plugin.checkpoint.formats import pack_quantized
 from efx_plugin.checkpoint.formats.registry import find_format
 from efx_plugin.checkpoint.model_card import dense_card
+from efx_plugin.checkpoint.plain import write_plain
 from efx_plugin.checkpoint.reader import expand_weight, group_parts, read_config, read_dense_layout
-from efx_plugin.checkpoint.storage import atomic, safetensors_file, shards
+from efx_plugin.checkpoint.storage import safetensors_file, shards
 from efx_plugin.errors import EfxError
 
 NAME = "dense"
@@ -52,17 +53,19 @@ def export_dense(
         schemes = quantized.schemes_of(quantization, skeleton, scaled, source)
         to_pack = frozenset(f"{name}.weight" for name, scheme in schemes.items() if quantized.is_weight_only(scheme))
     items = [_item(name, described, name in to_pack) for name, described in sparse.layout.items()]
-    needed = sum(item.nbytes for item in items)
     described = None if quantization is None else quantized.packed_config(quantization)
-    with atomic.new_directory(directory, needed) as destination:
-        with shards.progress_bar("writing", needed, progress) as bar:
-            shards.write_shards(destination, sparse, storage_plan.make_shards(items, max_shard_size), bar.update)
-        plain = _plain_config(config, described)
-        shards.write_json(destination / "config.json", plain)
-        shards.copy_companions(shards.companions(source), destination)
-        shards.write_json(destination / shards.PROVENANCE_FILE, metadata)
-        card = dense_card(Path(directory).name, plain, metadata, source.absolute().name)
-        (destination / "README.md").write_text(card)
+    plain = _plain_config(config, described)
+    needed = write_plain(
+        directory,
+        sparse,
+        items,
+        plain,
+        dense_card(Path(directory).name, plain, metadata, source.absolute().name),
+        max_shard_size=max_shard_size,
+        metadata=metadata,
+        extras=lambda destination: shards.copy_companions(shards.companions(source), destination),
+        progress=progress,
+    )
     stored = sum(tensor.nbytes for tensor in safetensors_file.read_index(source).values())
     _LOGGER.warning(
         "%s holds %s with its zeros written out: %s bytes instead of %s, served %s and no faster for being sparse.",

@@ -60,7 +60,30 @@ def model_card(
             "",
             *_figures(provenance.get("figures")),
             *(_use_quantized(title) if _is_quantized(config) else _use(title, config)),
-            *(["## Recipe", "", *("    " + line for line in recipe.strip().splitlines()), ""] if recipe else []),
+            *_recipe(recipe),
+        ]
+    )
+
+
+def packed_card(
+    title: str, config: Mapping[str, Any], provenance: Mapping[str, Any], sparsity: float, recipe: str | None
+) -> str:
+    """The text of the card of a checkpoint of pruned and packed weights.
+
+    Args:
+        title, config, provenance, recipe: see `model_card`.
+        sparsity: fraction of zeros in the packed weights.
+    """
+    return "\n".join(
+        [
+            *_head(title, config, provenance, ["pruned", "compressed-tensors"]),
+            f"Of the Linear weights {sparsity:.1%} are zero; they are stored like any other value.",
+            *_quantized(config),
+            "vLLM and transformers open this checkpoint by themselves.",
+            "",
+            *_facts(provenance),
+            *_figures(provenance.get("figures")),
+            *_recipe(recipe),
         ]
     )
 
@@ -106,6 +129,10 @@ def _head(title: str, config: Mapping[str, Any], provenance: Mapping[str, Any], 
         f"Made with efx-plugin {__version__}, home of {_PAPER}: pruning a model together with its LoRA adapter.",
         "",
     ]
+
+
+def _recipe(recipe: str | None) -> list[str]:
+    return ["## Recipe", "", *("    " + line for line in recipe.strip().splitlines()), ""] if recipe else []
 
 
 def _use(title: str, config: Mapping[str, Any]) -> list[str]:

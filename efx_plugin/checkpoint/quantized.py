@@ -1,5 +1,7 @@
 """Weights that are quantized as well: one byte each, int8 or float8_e4m3fn, with scales beside them.
 
+Those of fewer bits are stored as compressed-tensors packs them: see `packed`.
+
 compressed-tensors 0.9 to 0.14 compressed twice, one after the other: `q_proj.weight` [rows, columns] was quantized, and
 what a sparse format stored was the quantized weight. `q_proj.weight_scale` and the like lie beside `q_proj.compressed`
 under the names that they have without sparsity, and the quantization_config of config.json describes both: the groups
@@ -12,7 +14,7 @@ import copy
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +26,9 @@ from efx_plugin.errors import EfxError, SparseCheckpointError
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
     from transformers import PreTrainedModel
+
+    # The state of one quantized module, by last names, as it is stored; its scheme; its name.
+    _Store = Callable[[dict[str, torch.Tensor], QuantizationScheme, str], dict[str, torch.Tensor]]
 
 # The formats that keep a byte per weight under the weight's own name; they differ in name only.
 BYTE_FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
@@ -111,6 +116,34 @@ def stored_config(config: "QuantizationConfig", where: object) -> dict[str, Any]
     return _dump(described)
 
 
+def is_narrow(config: "QuantizationConfig") -> bool:
+    """Whether weights have fewer than eight bits, which no sparse format stores."""
+    return any(scheme.weights is not None and scheme.weights.num_bits < 8 for scheme in config.config_groups.values())
+
+
+def refuse_unpacked(config: "QuantizationConfig", where: object) -> None:
+    """Refuse narrow weights that `packed_state` cannot store with their zeros.
+
+    Raises:
+        EfxError: not all quantized weights are symmetric, pack-quantized and of the same width.
+    """
+    widths = {scheme.weights.num_bits for scheme in config.config_groups.values() if scheme.weights is not None}
+    if len(widths) > 1:
+        raise EfxError(
+            f"{where} is quantized to {' and '.join(map(str, sorted(widths)))} bits: weights of fewer than 8 bits are "
+            "stored where all have the same number"
+        )
+    for scheme in config.config_groups.values():
+        if scheme.weights is None:
+            continue
+        _refuse_asymmetric(scheme, where)
+        if _format(scheme, config) != pack_quantized.NAME:
+            raise EfxError(
+                f"{where} is quantized to {scheme.weights.num_bits} bits as {_format(scheme, config)}: weights of "
+                f"fewer than 8 bits are stored as {pack_quantized.NAME} alone, quantize no activations beside them"
+            )
+
+
 def packed_config(config: "QuantizationConfig") -> dict[str, Any]:
     """The quantization_config of the plain checkpoint: as stored, but pack-quantized where vLLM wants it."""
     described = config.model_copy(deep=True)
@@ -131,6 +164,19 @@ def state_of(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
     Raises:
         EfxError: a weight holds NaN or infinity.
     """
+    return _state_of(model, _quantize)
+
+
+def packed_state(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
+    """The state of a quantized model, its quantized weights packed into int32; the model is left as it is.
+
+    Raises:
+        EfxError: a weight holds NaN or infinity.
+    """
+    return _state_of(model, _pack)
+
+
+def _state_of(model: "PreTrainedModel", store: "_Store") -> dict[str, torch.Tensor]:
     modules = dict(model.named_modules())
     states: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, tensor in model.state_dict().items():
@@ -140,7 +186,7 @@ def state_of(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
         f"{prefix}.{own}" if prefix else own: tensor
         for prefix, state in states.items()
         for own, tensor in (
-            _quantize(state, modules[prefix].quantization_scheme, prefix) if _is_quantized(modules[prefix]) else state
+            store(state, modules[prefix].quantization_scheme, prefix) if _is_quantized(modules[prefix]) else state
         ).items()
     }
 
@@ -252,13 +298,17 @@ def _format(scheme: "QuantizationScheme", config: "QuantizationConfig") -> str:
     return str(getattr(scheme.format, "value", scheme.format) or getattr(config.format, "value", config.format))
 
 
-def _byte_format(scheme: "QuantizationScheme", config: "QuantizationConfig", where: object) -> str:
-    name, weights = _format(scheme, config), scheme.weights
-    if not weights.symmetric:
+def _refuse_asymmetric(scheme: "QuantizationScheme", where: object) -> None:
+    if not scheme.weights.symmetric:
         raise EfxError(
             f"{where} is quantized asymmetrically, so that its zeros are stored as the zero point: "
             "quantize the weights with symmetric: true"
         )
+
+
+def _byte_format(scheme: "QuantizationScheme", config: "QuantizationConfig", where: object) -> str:
+    name, weights = _format(scheme, config), scheme.weights
+    _refuse_asymmetric(scheme, where)
     if name in BYTE_FORMATS:
         return name
     if name == pack_quantized.NAME and weights.num_bits == 8:
@@ -288,8 +338,24 @@ def _quantize(state: dict[str, torch.Tensor], scheme: "QuantizationScheme", pref
     from compressed_tensors.compressors import NaiveQuantizationCompressor
 
     storage_plan.check_finite(f"{prefix}.weight", state["weight"])
+    if "weight_zero_point" not in state:
+        # llm-compressor gives every layer a zero point. EfficientXpertModifier does not, and leaves weights on their
+        # grid: in float32 their own integers are found, where in 16 bits the quotient may be rounded to a neighbour.
+        wide = state | {"weight": state["weight"].float(), "weight_scale": state["weight_scale"].float()}
+        found: dict[str, torch.Tensor] = NaiveQuantizationCompressor.compress(wide, scheme)
+        return found | {"weight_scale": state["weight_scale"]}
     compressed: dict[str, torch.Tensor] = NaiveQuantizationCompressor.compress(state, scheme)
     return compressed
+
+
+def _pack(state: dict[str, torch.Tensor], scheme: "QuantizationScheme", prefix: str) -> dict[str, torch.Tensor]:
+    if "weight_packed" in state:
+        return state
+    from compressed_tensors.compressors import PackedQuantizationCompressor
+
+    storage_plan.check_finite(f"{prefix}.weight", state["weight"])
+    packed: dict[str, torch.Tensor] = PackedQuantizationCompressor.compress(state, scheme)
+    return packed
 
 
 def _dequantize(

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from efx_plugin.checkpoint import fit, model_weights, quantized
+from efx_plugin.checkpoint import fit, model_weights, packed, quantized
 from efx_plugin.checkpoint.config import sparsity_of
+from efx_plugin.checkpoint.formats import pack_quantized
 from efx_plugin.checkpoint.formats.protocol import SHAPE, Layout
 from efx_plugin.checkpoint.formats.registry import decompress, dense_layout, find_format, part_names
 from efx_plugin.checkpoint.storage import safetensors_file
@@ -153,15 +154,18 @@ def linear_bytes(directory: str | os.PathLike[str]) -> dict[str, int]:
 
 
 def sizes(directory: str | os.PathLike[str]) -> dict[str, float]:
-    """How sparse a sparse checkpoint is and what that saves, from its config and headers alone.
+    """How sparse a checkpoint is and what that saves, from its config and headers alone where it is stored sparsely.
 
     Returns:
         `sparsity`, the fraction of zeros in the compressed weights; `linear_bytes_dense` and `linear_bytes_sparse`, see
         `linear_bytes`; `bytes_dense` and `bytes_on_disk` of all weights.
 
     Raises:
-        SparseCheckpointError: the directory is no sparse checkpoint, or is inconsistent.
+        SparseCheckpointError: the directory is neither a sparse checkpoint nor a packed one, or is inconsistent.
     """
+    config = read_config(directory)
+    if sparsity_of(config) is None and config.get("quantization_config", {}).get("format") == pack_quantized.NAME:
+        return packed.sizes(directory, config)
     linears = linear_bytes(directory)
     return {
         "sparsity": read_sparsity_config(directory)["global_sparsity"],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from efx_plugin.checkpoint import dense, model_weights, provenance, quantized, storage_plan
+from efx_plugin.checkpoint import dense, model_weights, packed, provenance, quantized, storage_plan
 from efx_plugin.checkpoint.config import quantizes, sparse_config, sparsity_of
 from efx_plugin.checkpoint.fit import check_fit
 from efx_plugin.checkpoint.model_card import model_card
@@ -41,8 +41,9 @@ def save_sparse(
 ) -> None:
     """Write a pruned model as a sparse checkpoint.
 
-    A model that llm-compressor has quantized to eight bits (W8A8, W8A16, FP8) stays quantized: the bytes of its
-    weights are compressed, and scales and the like lie beside them.
+    A model that is quantized to eight bits (W8A8, W8A16, FP8), by llm-compressor or by `EfficientXpertModifier`, stays
+    quantized: the bytes of its weights are compressed, and scales and the like lie beside them. One of four bits
+    (W4A16) is stored as llm-compressor does it, with its zeros written out, for no sparse format stores such weights.
 
     Weights of nn.Linear layers that the format makes smaller are compressed; the others, embeddings, norms and biases
     are stored as they are, tied weights once. The directory appears only when it is complete.
@@ -75,8 +76,6 @@ def save_sparse(
         if tensor.is_meta:
             raise EfxError(f"{name} is on the meta device: load or dispatch the whole model before saving it")
     quantization = quantized.of_model(model)
-    described = None if quantization is None else quantized.stored_config(quantization, "The model")
-    state = model_weights.on_disk(model, model.state_dict() if quantization is None else quantized.state_of(model))
 
     def extras(destination: Path) -> None:
         if companions is not None:
@@ -90,6 +89,23 @@ def save_sparse(
 
     loaded_from = getattr(model.config, "_name_or_path", "")
     known = provenance.of_directory(loaded_from) if os.path.isdir(loaded_from) else {"base_model": loaded_from}
+    if quantization is not None and quantized.is_narrow(quantization):
+        _refuse_structure(structure)
+        quantized.refuse_unpacked(quantization, "The model")
+        packed.write_packed(
+            directory,
+            model_weights.on_disk(model, quantized.packed_state(model)),
+            _config_of(model),
+            quantized.packed_config(quantization),
+            max_shard_size=storage_plan.parse_size(max_shard_size),
+            metadata=known | metadata,
+            recipe=recipe_text,
+            extras=extras,
+            progress=progress,
+        )
+        return
+    described = None if quantization is None else quantized.stored_config(quantization, "The model")
+    state = model_weights.on_disk(model, model.state_dict() if quantization is None else quantized.state_of(model))
     _write(
         directory,
         storage_plan.Source(
@@ -222,6 +238,13 @@ def _write(
         shards.write_json(destination / shards.PROVENANCE_FILE, metadata)
         card = model_card(Path(directory).name, described, metadata, form, surveys, sparse, recipe)
         (destination / "README.md").write_text(card)
+
+
+def _refuse_structure(structure: str) -> None:
+    if structure != "auto":
+        raise EfxError(
+            f"{structure} stores weights of eight bits or more and the model has fewer: leave structure at auto"
+        )
 
 
 def _save_generation_config(config: "GenerationConfig", destination: Path) -> None:

@@ -31,6 +31,7 @@ from efx_plugin.engine.blocks import (
 )
 from efx_plugin.engine.compute_dtype import ComputeDtype, choose_compute_dtype, stored_dtype
 from efx_plugin.engine.fisher import no_layer_allocation, obstacle_to_loss
+from efx_plugin.engine.quantization import plan_grids
 from efx_plugin.errors import EfxError, UsageError
 from efx_plugin.model.adapters import inner_model
 from efx_plugin.model.loading import Sources, inspect_sources
@@ -124,8 +125,10 @@ def _leave_alone(recipe: Recipe, layers: list[str]) -> None:
 
 def _check_modifier(modifier: Modifier, skeleton: nn.Module) -> None:
     if isinstance(modifier, EfficientXpertModifier):
-        layers = [layer for plan in plan_blocks(skeleton, modifier) for layer in plan.layers]
-        layer_sparsities(layers, modifier)
+        plans = plan_blocks(skeleton, modifier)
+        layer_sparsities([layer for plan in plans for layer in plan.layers], modifier)
+        if modifier.quantization is not None:
+            plan_grids(plans, modifier.quantization)
         model: Any = inner_model(skeleton)
         if modifier.allocation == "layer" and (reason := obstacle_to_loss(model, [{}])):
             raise no_layer_allocation(reason)  # text has no labels
@@ -141,7 +144,11 @@ def _check_modifier(modifier: Modifier, skeleton: nn.Module) -> None:
 
 def _check_quantization(modifier: QuantizationMixin, skeleton: nn.Module) -> None:
     config = quantized.with_formats(modifier.resolved_config)
-    quantized.stored_config(config, "the model that this recipe makes")
+    made = "the model that this recipe makes"
+    if quantized.is_narrow(config):
+        quantized.refuse_unpacked(config, made)
+    else:
+        quantized.stored_config(config, made)
     for scheme in config.config_groups.values():
         size = scheme.weights.group_size if scheme.weights is not None else None
         if size is None or size < 1:
@@ -161,7 +168,10 @@ def _least_bytes(sources: Sources, recipe: Recipe) -> int:
     whole = sum(tensor.nbytes for tensor in sources.files.index.values())
     prunable = [layer.base.weight for layer in linears_in_blocks(sources.skeleton)]
     kept = 1 - max((_sparsity(modifier) for modifier in recipe.modifiers), default=0.0)
-    to_bytes = any(isinstance(modifier, QuantizationMixin) for modifier in recipe.modifiers)
+    to_bytes = any(
+        isinstance(modifier, QuantizationMixin) or getattr(modifier, "quantization", None) is not None
+        for modifier in recipe.modifiers
+    )
     least = sum(
         weight.numel() / 8 + kept * weight.numel() * (0.5 if to_bytes else weight.element_size()) for weight in prunable
     )

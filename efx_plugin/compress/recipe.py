@@ -3,7 +3,7 @@
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 
@@ -76,19 +76,22 @@ def find_recipe(named: str) -> RecipeText:
     return RecipeText(label, text, _parse(text, label))
 
 
-def default_recipe(sparsity: float | None = None, mask_structure: str | None = None) -> RecipeText:
+def default_recipe(
+    sparsity: float | None = None, mask_structure: str | None = None, quantization: str | None = None
+) -> RecipeText:
     """The default recipe: every linear layer but the output layer, by the default method.
 
     Args:
         sparsity: fraction of the weights to prune; by default N/M of the mask structure, else 0.5.
         mask_structure: "N:M", by default "0:0", unstructured.
+        quantization: of `EfficientXpertModifier`; by default none.
 
     Raises:
         UsageError: they contradict each other or are out of range.
     """
     from pydantic import ValidationError
 
-    from efx_plugin.engine.arguments import PruningArguments
+    from efx_plugin.engine.arguments import PruningArguments, Quantization
 
     structure = _DEFAULT_STRUCTURE if mask_structure is None else mask_structure
     if sparsity is None:
@@ -101,6 +104,8 @@ def default_recipe(sparsity: float | None = None, mask_structure: str | None = N
         raise UsageError(f"--sparsity and --mask-structure: {error}") from error
     except ValidationError as error:
         raise UsageError(f"--mask-structure {structure} is not of the form N:M, such as 2:4") from error
+    if quantization not in (None, *get_args(Quantization)):
+        raise UsageError(f"--quantization {quantization} is none of {', '.join(get_args(Quantization))}")
     text = (
         "prune_stage:\n"
         "  pruning_modifiers:\n"
@@ -110,6 +115,8 @@ def default_recipe(sparsity: float | None = None, mask_structure: str | None = N
         '      targets: ["Linear"]\n'
         '      ignore: ["lm_head"]\n'
     )
+    if quantization is not None:
+        text += f'      quantization: "{quantization}"\n'
     label = "the default recipe"
     return RecipeText(label, text, _parse(text, label))
 

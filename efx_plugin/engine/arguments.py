@@ -7,6 +7,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from efx_plugin.errors import EfxError
 
+# Presets of compressed-tensors that a modifier quantizes to. Those of 8 bits have a scale for each row here, which is
+# what the sparse kernels take.
+Quantization = Literal["W8A8", "W8A16", "W4A16"]
+
 
 class PruningArguments(BaseModel):
     """What to prune, how much, by which score, and how to repair it.

@@ -24,7 +24,9 @@ from efx_plugin.engine.decide import (
 )
 from efx_plugin.engine.distributed import broadcast, world
 from efx_plugin.engine.memory import return_freed_memory
+from efx_plugin.engine.quantization import finish_layer
 from efx_plugin.engine.report import PrunedLayer, pruned_layer
+from efx_plugin.method.quantize import Grid
 from efx_plugin.model.adapters import LinearLayer, absorb, effective_weight, stacked_adapter
 from efx_plugin.model.hooks import RegisterHook, TokenMask, every_token
 
@@ -33,8 +35,10 @@ Store = Callable[[LinearLayer, Decision], None]
 
 
 def store_in_base(layer: LinearLayer, decision: Decision) -> None:
-    """Store the pruned weight in the base layer and empty its adapters."""
+    """Store the pruned weight in the base layer, with its scales where it is quantized, and empty its adapters."""
     absorb(layer, decision.weight)
+    if decision.scales is not None:
+        finish_layer(layer, decision.scales)
 
 
 class BlockPruner:
@@ -50,6 +54,7 @@ class BlockPruner:
             measures them here, and "fisher" then falls back to "block".
         running: running scores to average the new ones into, kept by the caller; None takes the new scores alone.
         masks: bool [out, in] by name of the layer, where the masks are decided already; None decides on them here.
+        grids: by name of the layer what its weights are quantized to; None quantizes none.
     """
 
     def __init__(
@@ -63,8 +68,10 @@ class BlockPruner:
         sensitivities: Mapping[str, Tensor] | None = None,
         running: RunningScores | None = None,
         masks: Mapping[str, Tensor] | None = None,
+        grids: Mapping[str, Grid] | None = None,
     ):
         self.plan, self.arguments = plan, arguments
+        self._grids = grids or {}
         self._sparsities = layer_sparsities(plan.layers, arguments) if sparsities is None else sparsities
         self._running, self._masks = running, masks
         self._calibration = BlockCalibration(model, plan, arguments, token_mask=token_mask, sensitivities=sensitivities)
@@ -103,9 +110,9 @@ class BlockPruner:
             if rank == owner:
                 if keep is None:
                     keep = choose_mask(self.arguments, layer.name, weight, found, sparsities[layer.name], self._running)
-                decision = decide(self.arguments, layer.name, weight, keep, found, adapter)
+                decision = decide(self.arguments, layer.name, weight, keep, found, adapter, self._grids.get(layer.name))
             else:
-                decision = self._blank(weight, adapter)
+                decision = self._blank(layer.name, weight, adapter)
             self._broadcast(layer, decision, owner)
             del weight, found
             store(layer, decision)
@@ -142,16 +149,19 @@ class BlockPruner:
                 sparsities |= dict(zip(names, shares.tolist(), strict=True))
         return masks, sparsities
 
-    def _blank(self, weight: Tensor, adapter: Tensor | None) -> Decision:
+    def _blank(self, name: str, weight: Tensor, adapter: Tensor | None) -> Decision:
         """Empty tensors that the decision of another process is received in."""
         update = None if adapter is None else weight.new_empty(len(weight), len(adapter))
-        return Decision(torch.empty_like(weight, dtype=torch.bool), torch.empty_like(weight), update, torch.empty(3))
+        keep, scales = torch.empty_like(weight, dtype=torch.bool), None
+        if (grid := self._grids.get(name)) is not None:
+            scales = weight.new_empty(len(weight), weight.shape[1] // grid.width(weight.shape[1]))
+        return Decision(keep, torch.empty_like(weight), update, torch.empty(3), scales)
 
     def _broadcast(self, layer: LinearLayer, decision: Decision, owner: int) -> None:
         if world()[1] == 1:
             return
         tensors = [decision.keep, decision.weight]
-        tensors += [] if decision.update is None else [decision.update]
+        tensors += [tensor for tensor in (decision.update, decision.scales) if tensor is not None]
         if self._running is not None and self.arguments.comparison_group != "block":
             tensors.append(self._running.of(layer.name, decision.weight))
         # nccl sends from the device only.

@@ -13,6 +13,7 @@ from efx_plugin.engine.arguments import PruningArguments
 from efx_plugin.errors import EfxError
 from efx_plugin.method.masks import allocate, n_of_m_mask, pooled_masks, row_mask
 from efx_plugin.method.obs import obs_mask
+from efx_plugin.method.quantize import Grid, quantize_kept
 from efx_plugin.method.repair import adapter_update, output_error, paper_update, repair_weights, updated_weight
 from efx_plugin.method.scores import foresight_scores, magnitude_saliency, update_average, wanda_saliency
 from efx_plugin.method.statistics import InputStatistics
@@ -50,16 +51,19 @@ class Decision:
 
     Attributes:
         keep: mask, bool [out, in], True where a weight is kept.
-        weight: the pruned and repaired effective weight, fp32 [out, in], zero where `keep` is False.
+        weight: the pruned and repaired effective weight, fp32 [out, in], zero where `keep` is False; on its grid where
+            it is quantized as well.
         update: what repair "paper" or "adapter" adds to B, fp32 [out, rank of all adapters]; None for other repairs.
         errors: squared errors of the output on the calibration inputs with no weight at all, masked, and repaired,
             fp32 [3] on the CPU; NaN where no Gram was kept.
+        scales: of a weight that is quantized as well, fp32 [out, groups]; else None.
     """
 
     keep: Tensor
     weight: Tensor
     update: Tensor | None
     errors: Tensor
+    scales: Tensor | None = None
 
 
 class RunningScores:
@@ -164,15 +168,22 @@ def choose_mask(
 
 
 def decide(
-    arguments: PruningArguments, name: str, weight: Tensor, keep: Tensor, evidence: Evidence, adapter: Tensor | None
+    arguments: PruningArguments,
+    name: str,
+    weight: Tensor,
+    keep: Tensor,
+    evidence: Evidence,
+    adapter: Tensor | None,
+    grid: Grid | None = None,
 ) -> Decision:
-    """Mask and repair one matrix.
+    """Mask, repair and perhaps quantize one matrix.
 
     Args:
         weight: effective weight, fp32 [out, in].
         keep: mask, bool [out, in].
         adapter: A of its adapters times their scalings, fp32 [rank, in]; None where the repair uses none, and of a
             layer that has none, which a repair of the adapter leaves as it is masked.
+        grid: what its weights are rounded to; None leaves them as they are. Needs a Gram.
     """
     unknown, update = torch.full((3,), torch.nan), None
     if evidence.starved:
@@ -194,8 +205,12 @@ def decide(
         else:
             update = adapter_update(weight, keep, statistics.gram, adapter, steps=arguments.repair_steps, **damping)
         pruned = updated_weight(weight, keep, update, adapter)
+    scales = None
+    if grid is not None:
+        quantized = quantize_kept(pruned, keep, statistics.gram, grid, dampening_frac=arguments.dampening_frac)
+        pruned, scales = quantized.weight, quantized.scales
     errors = _errors(weight, keep, pruned, statistics.gram) if statistics.full else unknown
-    return Decision(keep, pruned, update, errors)
+    return Decision(keep, pruned, update, errors, scales)
 
 
 def _errors(weight: Tensor, keep: Tensor, pruned: Tensor, gram: Tensor) -> Tensor:

@@ -444,11 +444,10 @@ def test_models_that_cannot_be_stored_are_refused(tmp_path):
     refuse(rf"{UP} is to be quantized, but its scales were never calibrated", model)
     asymmetric = {"weights": INT8 | {"symmetric": False}}
     refuse("asymmetrically, so that its zeros are stored as the zero point", quantize(make_model(), asymmetric))
-    four = {"weights": INT8 | {"num_bits": 4}}
-    refuse(
-        "quantized to 4 bits as pack-quantized, which leaves a sparse format nothing to gain",
-        quantize(make_model(), four),
-    )
+    four = {"weights": INT8 | {"num_bits": 4}, "input_activations": INT8 | PER_TOKEN}
+    refuse("quantized to 4 bits as int-quantized: .* quantize no activations beside", quantize(make_model(), four))
+    four = {"weights": INT8 | {"num_bits": 4, "symmetric": False}}
+    refuse("asymmetrically, so that its zeros are stored as the zero point", quantize(make_model(), four))
     dense = make_model()
     for module in dense.modules():
         if isinstance(module, torch.nn.Linear):

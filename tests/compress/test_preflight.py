@@ -58,7 +58,8 @@ def adapter_on(tmp_path: Path, targets: str | list[str], **options) -> Path:
             QUANTIZE.format("W8A16"),
             "groups of 128 weights, which do not divide the 64 inputs of .*layers.0.self_attn.q",
         ),
-        (QUANTIZE.format("W4A16"), "the model that this recipe makes is quantized to 4 bits"),
+        (QUANTIZE.format("W4A16"), "groups of 128 weights, which do not divide the 64 inputs"),
+        (QUANTIZE.format("W4A16_ASYM"), "the model that this recipe makes is quantized asymmetrically"),
     ],
 )
 def test_a_recipe_that_does_not_suit_the_model_is_refused(tmp_path, recipe, said):

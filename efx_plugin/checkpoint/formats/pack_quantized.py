@@ -39,13 +39,18 @@ def decompress(parts: dict[str, torch.Tensor], where: str) -> torch.Tensor:
     Raises:
         SparseCheckpointError: `weight_shape` disagrees with the words that are there; `where` is the module.
     """
-    from compressed_tensors.compressors.pack_quantized import unpack_from_int32
-
     words, shape = parts["weight_packed"], parts["weight_shape"].flatten().tolist()
     if len(shape) != 2 or (words.dtype, tuple(words.shape)) != layout(*shape)["weight_packed"]:
         raise SparseCheckpointError(
             f"{where}.weight_shape declares {shape}, but weight_packed is {words.dtype} {list(words.shape)}: "
             "the checkpoint is corrupt, save it again"
         )
-    weight: torch.Tensor = unpack_from_int32(words, num_bits=8, shape=torch.Size(shape)).contiguous()
+    return unpack(words, 8, torch.Size(shape))
+
+
+def unpack(words: torch.Tensor, bits: int, shape: torch.Size) -> torch.Tensor:
+    """The integers of a weight of that many bits, int8 [rows, columns]."""
+    from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+
+    weight: torch.Tensor = unpack_from_int32(words, num_bits=bits, shape=shape).contiguous()
     return weight
