@@ -33,6 +33,13 @@ def test_the_default_recipe_has_the_default_method(arguments, sparsity, structur
     assert (given["sparsity"], given["mask_structure"]) == (sparsity, structure)
 
 
+def test_the_default_recipe_quantizes_where_it_is_asked_to():
+    (given,) = default_recipe(quantization="W4A16").content["prune_stage"]["pruning_modifiers"].values()
+    assert given["quantization"] == "W4A16"
+    (modifier,) = default_recipe(quantization="W4A16").instantiate().modifiers
+    assert modifier.quantization == "W4A16"
+
+
 def test_the_default_recipe_without_options_is_expert_50():
     assert default_recipe().content == find_recipe("expert_50").content
 
@@ -45,6 +52,7 @@ def test_the_default_recipe_without_options_is_expert_50():
         ((None, "two"), "two"),
         ((None, "0:0:4"), "0:0:4"),
         ((None, "4:4"), "1.0"),
+        ((None, None, "W2A16"), "--quantization W2A16 is none of W8A8, W8A16, W4A16"),
     ],
 )
 def test_options_that_make_no_recipe_are_wrong_usage(arguments, words):
