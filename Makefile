@@ -33,7 +33,7 @@ test-upstream: .venv/ready
 # Ten thousand corrupt checkpoints, and five thousand products of emulated GPU kernels, instead of eight hundred.
 test-long: .venv/ready
 	EFX_CORRUPT_INPUTS=10000 .venv/bin/python -m pytest tests/checkpoint/test_corruption.py
-	EFX_EMULATED_CASES=5000 .venv/bin/python -m pytest tests/kernels/cuda/test_sparse_linear.py tests/kernels/cuda/test_gemm.py
+	EFX_EMULATED_CASES=5000 .venv/bin/python -m pytest tests/kernels/cuda/test_sparse_linear.py tests/kernels/cuda/test_gemm.py tests/kernels/cuda/test_wgmma.py
 
 # On one thread, about a minute; writes build/bench/checkpoint.json.
 bench-checkpoint: .venv/ready

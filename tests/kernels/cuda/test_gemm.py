@@ -17,7 +17,7 @@ from efx_plugin.kernels.cuda.variants import Variant
 from tests.support.emulated_gpu import EmulatedGpu, emulated_source
 from tests.support.sparse_products import KINDS, MASKS, Case, is_near, padded, value
 
-CASES = 2 * int(os.environ.get("EFX_EMULATED_CASES", "800")) // 5
+CASES = 2 * int(os.environ.get("EFX_EMULATED_CASES", "500")) // 5
 VARIANTS = [(variant, *kind) for kind in KINDS for variant in gemm.gemm_variants(*kind)]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")

@@ -215,7 +215,10 @@ def test_instructions_and_registers_do_not_rise(arch, is_int8, size):
     assert instructions_per_weight(cubin, variant) <= instructions * TOLERANCE
 
 
-@every_figure
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize(
+    ("is_int8", "size"), [(kind, size) for kind in FIGURES_OF for size in FIGURES_OF[kind]["sm_90"]]
+)
 def test_float16_needs_what_bfloat16_does(arch, is_int8, size):
     variant = decode_variant(torch.float16, size, is_int8)
     found = machine_code.resources(compiled(variant, arch))[variant.symbol]

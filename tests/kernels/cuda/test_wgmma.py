@@ -18,7 +18,7 @@ from efx_plugin.kernels.cuda.variants import Variant
 from tests.support.emulated_gpu import EmulatedGpu, emulated_source
 from tests.support.sparse_products import KINDS, MASKS, Case, is_near, padded, value
 
-CASES = int(os.environ.get("EFX_EMULATED_CASES", "800")) // 5
+CASES = int(os.environ.get("EFX_EMULATED_CASES", "500")) // 5
 # All of bfloat16; of the other kinds one of each number of tokens.
 VARIANTS = [
     (variant, *kind)
