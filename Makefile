@@ -30,7 +30,7 @@ test: .venv/ready .venv-serve/ready
 test-upstream: .venv/ready
 	.venv/bin/python -m integration.newer_hosts
 
-# Ten thousand corrupt checkpoints, and five thousand products of emulated GPU kernels, instead of eight hundred.
+# Ten thousand corrupt checkpoints, and five thousand products of emulated GPU kernels, instead of five hundred.
 test-long: .venv/ready
 	EFX_CORRUPT_INPUTS=10000 .venv/bin/python -m pytest tests/checkpoint/test_corruption.py
 	EFX_EMULATED_CASES=5000 .venv/bin/python -m pytest tests/kernels/cuda/test_sparse_linear.py tests/kernels/cuda/test_gemm.py tests/kernels/cuda/test_wgmma.py
