@@ -8,6 +8,7 @@ from compressed_tensors.offload.cache import OffloadCache
 from compressed_tensors.quantization.utils import is_module_quantized
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier, ModifierFactory
+from llmcompressor.modifiers.utils.hooks import HooksMixin
 from loguru import logger
 from pydantic import PrivateAttr
 from torch import Tensor, nn
@@ -15,8 +16,15 @@ from transformers import PreTrainedModel
 
 from efx_plugin.engine.arguments import PruningArguments, Quantization
 from efx_plugin.engine.block_pruner import BlockPruner
-from efx_plugin.engine.blocks import allocate_over_blocks, layer_sparsities, plan_blocks
+from efx_plugin.engine.blocks import (
+    PlannedBlock,
+    allocate_over_blocks,
+    decoder_blocks,
+    layer_sparsities,
+    plan_blocks,
+)
 from efx_plugin.engine.compute_dtype import warn_of_slow_dtype
+from efx_plugin.engine.dense_stream import DenseStream, obstacle_to_dense_stream
 from efx_plugin.engine.distributed import gather_objects, world
 from efx_plugin.engine.fisher import Fisher, measure_fisher, no_layer_allocation, obstacle_to_loss
 from efx_plugin.engine.quantization import describe_layers, plan_grids, refuse_other_quantization
@@ -84,6 +92,7 @@ class EfficientXpertModifier(PruningArguments, Modifier):
     _sparsities: dict[str, float] = PrivateAttr(default_factory=dict)
     # Of layers that are going to be quantized: which weights were kept, a bit each.
     _kept: dict[str, Tensor] = PrivateAttr(default_factory=dict)
+    _dense: DenseStream | None = PrivateAttr(default=None)
     _state: State | None = PrivateAttr(default=None)
 
     @property
@@ -111,6 +120,7 @@ class EfficientXpertModifier(PruningArguments, Modifier):
         if self.allocation == "layer":
             assert fisher is not None  # else it has been refused
             self._sparsities = allocate_over_blocks(plans, self, fisher.sensitivities, fisher.energies)
+        self._dense = self._dense_stream(model, plans, state.data.calib)
         grids = None
         if self.quantization is not None:
             grids = plan_grids(plans, self.quantization)
@@ -124,6 +134,7 @@ class EfficientXpertModifier(PruningArguments, Modifier):
                 token_mask=self._token_mask,
                 sensitivities=None if fisher is None else fisher.sensitivities,
                 grids=grids,
+                dense=self._dense,
             )
             for plan in plans
         ]
@@ -151,6 +162,22 @@ class EfficientXpertModifier(PruningArguments, Modifier):
         logger.warning(f"{reason}, so propagation 'fisher' falls back to 'block'")
         return None
 
+    def _dense_stream(
+        self, model: PreTrainedModel, plans: list[PlannedBlock], batches: Iterable[dict[str, Tensor]]
+    ) -> DenseStream | None:
+        """None where the repair does not want the dense model's outputs, or cannot have them."""
+        if not self.uses_dense_model:
+            return None
+        blocks = decoder_blocks(model)
+        if not {plan.name for plan in plans} <= blocks.keys():
+            reason: str | None = "sequential_targets are not the model's decoder blocks"
+        else:
+            reason = obstacle_to_dense_stream(model, blocks, next(iter(batches)))
+        if reason is None:
+            return DenseStream(blocks, {plan.name for plan in plans}, HooksMixin.disable_hooks)
+        logger.warning(f"{reason}, so dense_targets falls back to 0")
+        return None
+
     def _token_mask(self) -> Tensor | None:
         state: Any = self._state
         if not (masks := getattr(state, "loss_masks", None)):
@@ -163,6 +190,8 @@ class EfficientXpertModifier(PruningArguments, Modifier):
             refuse_other_quantization(self._layers.values())
         for pruner in self._pruners:
             pruner.attach(self.register_hook)
+        if self._dense is not None:
+            self._dense.attach(self.register_hook)
 
     def on_sequential_epoch_end(self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any) -> None:
         # Whoever has seen data is pruned: `modules` is empty when llm-compressor traces a PeftModel.
@@ -199,7 +228,8 @@ class EfficientXpertModifier(PruningArguments, Modifier):
         logger.info(
             f"EfficientXpertModifier pruned {len(every)} layers in {len(self._results)} blocks: {summary(every)}"
         )
-        self._pruners, self._layers, self._results, self._kept, self._state = [], {}, {}, {}, None
+        self._pruners, self._layers, self._results, self._kept = [], {}, {}, {}
+        self._dense = self._state = None
         return True
 
     def _take_back_refills(self) -> None:

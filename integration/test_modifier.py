@@ -2,12 +2,19 @@
 
 import pytest
 import torch
+from compressed_tensors.offload import dispatch_with_map, remove_dispatch
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.gptq import base as gptq
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from efx_plugin import EfficientXpertModifier, merge_adapters, modifier
+from efx_plugin.engine.arguments import PruningArguments
+from efx_plugin.engine.block_pruner import store_in_base
+from efx_plugin.engine.blocks import plan_blocks
+from efx_plugin.engine.sequential import Batch, prune_in_sequence
 from efx_plugin.errors import EfxError
 from tests.support.tiny_llama import save_tiny_llama
 
@@ -258,3 +265,78 @@ def test_processes_that_all_read_the_same_data_are_warned_of(directory, calibrat
     monkeypatch.setattr(modifier, "gather_objects", lambda value: [value, value])
     run(load(directory), directory, calibration)
     assert any("2 processes start with the same calibration data" in text for text in warnings)
+
+
+def test_the_dense_model_beside_the_pruned_one_is_that_of_the_engine(directory, calibration):
+    """Both drivers follow it, the modifier in llm-compressor's sequential pipeline."""
+    arguments = PruningArguments(propagation="block", dense_targets=1)
+    expected = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    ids = torch.tensor(calibration["input_ids"])
+    batches = [Batch({"input_ids": row[None]}, torch.ones_like(row[None], dtype=torch.bool)) for row in ids]
+    prune_in_sequence(expected, plan_blocks(expected, arguments), arguments, batches, store=store_in_base)
+    found = run(load(directory), directory, calibration, EfficientXpertModifier(**arguments.model_dump()))
+    for name, weight in projections(found).items():
+        assert torch.equal(weight, projections(expected)[name]), name
+
+
+def test_targets_of_the_dense_model_change_what_reads_the_residual_stream_behind_a_pruned_block(directory, calibration):
+    sparse, dense = (
+        projections(run(load(directory), directory, calibration, EfficientXpertModifier(dense_targets=share)))
+        for share in (0, 1)
+    )
+    readers = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    for name, weight in dense.items():
+        if "layers.2." not in name:
+            reads = "layers.1." in name and name.split(".")[-2] in readers
+            assert torch.equal(weight, sparse[name]) != reads, name
+
+
+@pytest.mark.parametrize("pipeline", ["basic", "sequential"])
+def test_where_all_blocks_are_calibrated_at_once_the_dense_model_is_the_only_one(directory, calibration, pipeline):
+    runs = []
+    for share in (0, 1):
+        model = adapted(directory)
+        model.config._name_or_path = str(directory)
+        run(model, directory, calibration, EfficientXpertModifier(dense_targets=share), pipeline=pipeline)
+        runs.append(projections(merge_adapters(model)))
+    for name, weight in runs[0].items():
+        assert torch.equal(weight, runs[1][name]), name
+
+
+def test_an_offloaded_model_is_pruned_with_targets_of_the_dense_model_as_one_in_memory_is(
+    directory, calibration, tmp_path
+):
+    recipe = {"propagation": "block", "dense_targets": 1}
+    expected = run(load(directory), directory, calibration, EfficientXpertModifier(**recipe))
+    model = load(directory)
+    dispatch_with_map(model, {name: ("cpu", "disk") for name, _ in model.named_modules()}, str(tmp_path))
+    run(model, directory, calibration, EfficientXpertModifier(**recipe))
+    remove_dispatch(model, onload_tensors=True)
+    for name, weight in projections(model).items():
+        assert torch.equal(weight, projections(expected)[name]), name
+
+
+def test_blocks_that_are_not_the_models_own_leave_the_dense_model_out(directory, calibration, warnings):
+    options = {"sequential_targets": ["LlamaAttention", "LlamaMLP"]}
+    parts = run(load(directory), directory, calibration, EfficientXpertModifier(dense_targets=1), **options)
+    assert any("not the model's decoder blocks, so dense_targets falls back to 0" in text for text in warnings)
+    expected = run(load(directory), directory, calibration, EfficientXpertModifier(dense_targets=0), **options)
+    for name, weight in projections(expected).items():
+        assert torch.equal(weight, projections(parts)[name]), name
+
+
+def test_quantization_behind_it_is_calibrated_on_the_pruned_model_alone(directory, calibration, monkeypatch):
+    """GPTQ hooks the same layers, and must not count what the dense model feeds them."""
+    counts = {}
+
+    def count(inputs, *args, **kwargs):
+        counts.setdefault(share, []).append(inputs.shape)
+        return accumulate(inputs, *args, **kwargs)
+
+    accumulate = gptq.accumulate_hessian
+    monkeypatch.setattr(gptq, "accumulate_hessian", count)
+    for share in (0, 1):
+        pruning = EfficientXpertModifier(propagation="none", dense_targets=share)
+        quantization = GPTQModifier(scheme="W8A8", targets=["Linear"], ignore=["lm_head"])
+        run(load(directory), directory, calibration, [pruning, quantization], pipeline="sequential")
+    assert counts[0] == counts[1]

@@ -75,6 +75,7 @@ def sparsity(masks):
         pytest.param({"trainable_token_indices": [5, 6]}, {"repair": "adapter"}, {}, id="trainable-tokens"),
         pytest.param({}, {"mask_structure": "2:4", "repair": "none"}, {}, id="2of4"),
         pytest.param({}, {"allocation": "layer", "refreshes": 2}, {}, id="layers-compete"),
+        pytest.param({}, {"dense_targets": 1, "refreshes": 2}, {"bf16": True}, id="dense-targets"),
         pytest.param({}, {"propagation": "block", "comparison_group": "block", "saliency": "wanda"}, {}, id="block"),
     ],
 )
@@ -339,7 +340,7 @@ def test_a_checkpoint_that_is_torn_or_of_other_arguments_is_refused(tmp_path):
 @pytest.mark.parametrize("function", [train, train_sharded], ids=["DDP", "FSDP2"])
 @pytest.mark.parametrize("repair", ["none", "weights"])
 def test_two_processes_end_with_the_masks_of_one_on_all_the_data(tmp_path, function, repair):
-    pruning = {"refreshes": 2, "calibration_tokens": TOKENS} | (DECIDED if repair == "none" else {})
+    pruning = {"refreshes": 2, "calibration_tokens": TOKENS} | (DECIDED if repair == "none" else {"dense_targets": 0.5})
     ends = []
     for count in (1, 2):
         output = tmp_path / str(count)

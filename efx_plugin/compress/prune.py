@@ -43,7 +43,8 @@ def prune_to_checkpoint(request: PruneRequest) -> dict[str, Any]:
         isinstance(modifier, EfficientXpertModifier) for modifier in recipe.modifiers
     ):
         network = merge_adapters(network)  # the other modifiers know nothing of adapters
-    _say_time(network, calibration)
+    beside = any(isinstance(one, EfficientXpertModifier) and one.uses_dense_model for one in recipe.modifiers)
+    _say_time(network, calibration, passes=3 if beside else 2)
     oneshot(
         model=network.base_model.model if isinstance(network, PeftModel) else network,
         processor=prepared.tokenizer,
@@ -82,11 +83,12 @@ def prune_to_checkpoint(request: PruneRequest) -> dict[str, Any]:
     return {"output": str(request.output), **sizes(request.output), "layers": layers}
 
 
-def _say_time(network: nn.Module, calibration: datasets.Dataset) -> None:
+def _say_time(network: nn.Module, calibration: datasets.Dataset, passes: int) -> None:
     """Say how long calibration is going to take, by the time of its first sequence.
 
-    Every sequence passes each decoder block twice, before and after the block is pruned. On an accelerator, to which
-    the blocks are brought one by one, the first sequence would say nothing of the others.
+    Every sequence passes each decoder block before and after the block is pruned, and once more where the dense model
+    computes beside the pruned one. On an accelerator, to which the blocks are brought one by one, the first sequence
+    would say nothing of the others.
     """
     amount = f"calibration: {len(calibration)} sequences of {len(calibration[0]['input_ids'])} tokens"
     if torch.accelerator.is_available():
@@ -98,8 +100,8 @@ def _say_time(network: nn.Module, calibration: datasets.Dataset) -> None:
         network(**first)
     seconds = time.monotonic() - started
     logger.info(
-        f"{amount}, about {duration(2 * seconds * len(calibration))}: the first took {seconds:.1f} s and each passes "
-        "twice; the time to prune comes on top"
+        f"{amount}, about {duration(passes * seconds * len(calibration))}: the first took {seconds:.1f} s and each "
+        f"passes {passes} times; the time to prune comes on top"
     )
 
 

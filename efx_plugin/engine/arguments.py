@@ -46,6 +46,10 @@ class PruningArguments(BaseModel):
             squares on the layer's output within the adapter's subspace); "weights" (least squares over all kept
             weights).
         repair_steps: conjugate gradient steps of repair "weights" and "adapter".
+        dense_targets: which outputs repair "weights" and "adapter" fit a layer to that reads the residual stream: 0
+            takes those that its unpruned weights give on what the pruned blocks before it have made of that stream; 1
+            those of the dense model, which then computes beside the pruned one, a decoder block at a time; a number in
+            between their mixture. Other layers of a block are always repaired as by 0.
         dampening_frac: fraction of the mean diagonal that is added to the diagonal of every system that is solved.
         kappa: weight of all inputs against the pruned ones in repair "paper".
         new_score_weight: weight of the new scores in their running average over refreshes of the mask, which keeps the
@@ -70,6 +74,7 @@ class PruningArguments(BaseModel):
     floor: float = Field(default=1.4, ge=1)
     repair: Literal["none", "paper", "adapter", "weights"] = "weights"
     repair_steps: int = Field(default=10, ge=1)
+    dense_targets: float = Field(default=0.0, ge=0, le=1)
     dampening_frac: float = Field(default=0.01, gt=0)
     kappa: float = Field(default=1.0, ge=0, le=1)
     new_score_weight: float = Field(default=0.5, gt=0, le=1)
@@ -134,6 +139,11 @@ class PruningArguments(BaseModel):
     def uses_grams(self) -> bool:
         """Whether whole Grams of the inputs are needed, rather than their energies."""
         return self.saliency == "obs" or self.repair in ("adapter", "weights")
+
+    @property
+    def uses_dense_model(self) -> bool:
+        """Whether the dense model has to compute beside the pruned one."""
+        return self.dense_targets > 0 and self.repair in ("adapter", "weights")
 
     @property
     def uses_adapter(self) -> bool:

@@ -22,6 +22,7 @@ from efx_plugin.engine.decide import (
     decide,
     layer_scores,
 )
+from efx_plugin.engine.dense_stream import DenseStream
 from efx_plugin.engine.distributed import broadcast, world
 from efx_plugin.engine.memory import return_freed_memory
 from efx_plugin.engine.quantization import finish_layer
@@ -55,6 +56,8 @@ class BlockPruner:
         running: running scores to average the new ones into, kept by the caller; None takes the new scores alone.
         masks: bool [out, in] by name of the layer, where the masks are decided already; None decides on them here.
         grids: by name of the layer what its weights are quantized to; None quantizes none.
+        dense: the dense model's hidden states, where the repair wants its outputs; None takes the targets of the
+            repair from the inputs that reach the block.
     """
 
     def __init__(
@@ -69,12 +72,16 @@ class BlockPruner:
         running: RunningScores | None = None,
         masks: Mapping[str, Tensor] | None = None,
         grids: Mapping[str, Grid] | None = None,
+        dense: DenseStream | None = None,
     ):
         self.plan, self.arguments = plan, arguments
         self._grids = grids or {}
         self._sparsities = layer_sparsities(plan.layers, arguments) if sparsities is None else sparsities
         self._running, self._masks = running, masks
-        self._calibration = BlockCalibration(model, plan, arguments, token_mask=token_mask, sensitivities=sensitivities)
+        self._dense = dense
+        self._calibration = BlockCalibration(
+            model, plan, arguments, token_mask=token_mask, sensitivities=sensitivities, dense=dense
+        )
 
     @property
     def calibrated(self) -> bool:
@@ -117,6 +124,8 @@ class BlockPruner:
             del weight, found
             store(layer, decision)
             results.append(pruned_layer(layer.name, decision.keep, decision.errors))
+        if self._dense is not None:
+            self._dense.parted = True
         return_freed_memory()
         return results
 

@@ -1,7 +1,9 @@
 """What is measured in a decoder block while it sees calibration data, and how processes add it up."""
 
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from loguru import logger
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from efx_plugin.engine.arguments import PruningArguments
 from efx_plugin.engine.blocks import PlannedBlock
 from efx_plugin.engine.decide import Evidence
+from efx_plugin.engine.dense_stream import DenseStream
 from efx_plugin.engine.distributed import all_reduce_statistics, all_reduce_sum, gather_objects, world
 from efx_plugin.errors import EfxError
 from efx_plugin.method.statistics import InputStatistics
@@ -44,6 +47,7 @@ class BlockCalibration:
         token_mask: which tokens to calibrate on.
         sensitivities: c, fp32 [out], by name of the layer where they were measured beforehand, as "fisher" is; None
             measures them here, and "fisher" then falls back to "block".
+        dense: the dense model's hidden states, where the drift of inputs from its own is wanted; else None.
     """
 
     def __init__(
@@ -54,11 +58,17 @@ class BlockCalibration:
         *,
         token_mask: TokenMask,
         sensitivities: Mapping[str, Tensor] | None,
+        dense: DenseStream | None,
     ):
         self._plan, self._arguments = plan, arguments
         self._rows = CountedRows(plan.block, plan.layers, token_mask)
         self._statistics: dict[str, InputStatistics] = {}
         self._last: _LastInput | None = None
+        self._dense = dense
+        # What layers read straight from the residual stream in this batch, and the rows of it that the dense model
+        # computes next, by name of the layer that counted them.
+        self._streams: list[object] = []
+        self._drifting: defaultdict[str, deque[Tensor]] = defaultdict(deque)
         self._measured_before = sensitivities
         self._propagation = self._choose_propagation(model, token_mask)
 
@@ -81,14 +91,22 @@ class BlockCalibration:
 
     def attach(self, register: RegisterHook) -> None:
         """Hook the block; `register(module, hook, hook_type, **kwargs)` as llm-compressor's HooksMixin has it."""
-        self._rows.attach(register)
+        of_pruned_model = register if self._dense is None else self._dense.unseen_by(register)
+        self._rows.attach(of_pruned_model)
         for layer in self._plan.layers:
-            register(
+            of_pruned_model(
                 layer.module,
                 lambda _module, args, _output, name=layer.name: self._see_input(name, args[0]),
                 "forward",
             )
-        self._propagation.attach(register)
+        self._propagation.attach(of_pruned_model)
+        if self._dense is not None:
+            of_pruned_model(self._plan.block, self._see_stream, "forward_pre", with_kwargs=True)
+            inside = {layer.base for layer in self._plan.layers + self._plan.others}
+            for child in self._plan.block.children():
+                if inside.isdisjoint(child.modules()):  # a norm
+                    of_pruned_model(child, lambda _module, _args, output: self._streams.append(output), "forward")
+            of_pruned_model(self._plan.block, self._see_block, "forward", with_kwargs=True)
 
     @torch.no_grad()
     def _see_input(self, name: str, inputs: Tensor) -> None:
@@ -102,10 +120,50 @@ class BlockCalibration:
             return
         own = self._statistics.get(name)
         if own is None:
-            own = InputStatistics(inputs.shape[-1], full=self._arguments.uses_grams, device=inputs.device)
-            self._statistics[name] = own
-        own.update(self._rows.of(name, inputs))
+            own = self._statistics[name] = InputStatistics(
+                inputs.shape[-1],
+                full=self._arguments.uses_grams,
+                drift=self._drifts(name, inputs),
+                device=inputs.device,
+            )
+        rows = self._rows.of(name, inputs)
+        own.update(rows)
+        if own.drift_sum is not None:
+            self._drifting[name].append(rows)
         self._last = _LastInput(inputs, expert, own)
+
+    def _drifts(self, name: str, inputs: Tensor) -> bool:
+        """Whether a layer is to make up for the drift of its input.
+
+        That is so where it reads the residual stream, which the blocks before have changed. What other layers of this
+        block have computed drifts less once they are repaired: to make up for it as well would overshoot. And the dense
+        model sends other tokens to an expert, so that its inputs have no counterparts there.
+        """
+        if self._dense is None or not self._dense.parted or self._rows.expert(name) is not None:
+            return False
+        return any(inputs is stream for stream in self._streams)
+
+    def _see_stream(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._streams = [args[0] if args else kwargs["hidden_states"]]
+
+    def _see_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._propagation.measuring:
+            return
+        assert self._dense is not None
+        self._last, self._streams = None, []
+        self._dense.advance(self._plan.name, block, args, kwargs, output, self._attach_to_dense)
+
+    def _attach_to_dense(self, register: RegisterHook) -> None:
+        for layer in self._plan.layers:
+            register(
+                layer.module,
+                lambda _module, args, _output, name=layer.name: self._see_dense_input(name, args[0]),
+                "forward",
+            )
+
+    def _see_dense_input(self, name: str, inputs: Tensor) -> None:
+        if waiting := self._drifting[name]:
+            self._statistics[name].update_drift(waiting.popleft(), self._rows.of(name, inputs))
 
     def finish(self) -> dict[str, Evidence]:
         """What was found out about every layer, over all processes, by name in the plan's order.

@@ -55,7 +55,7 @@ class Decision:
             it is quantized as well.
         update: what repair "paper" or "adapter" adds to B, fp32 [out, rank of all adapters]; None for other repairs.
         errors: squared errors of the output on the calibration inputs with no weight at all, masked, and repaired,
-            fp32 [3] on the CPU; NaN where no Gram was kept.
+            against the unpruned weight on the same inputs, fp32 [3] on the CPU; NaN where no Gram was kept.
         scales: of a weight that is quantized as well, fp32 [out, groups]; else None.
     """
 
@@ -195,15 +195,36 @@ def decide(
         pruned = weight * keep
     elif arguments.repair == "weights":
         pruned = repair_weights(
-            weight, keep, statistics.gram, steps=arguments.repair_steps, dampening_frac=arguments.dampening_frac
+            weight,
+            keep,
+            statistics.gram,
+            drift=statistics.drift,
+            share=arguments.dense_targets,
+            steps=arguments.repair_steps,
+            dampening_frac=arguments.dampening_frac,
         )
     else:
         assert adapter is not None
-        damping = {"dampening_frac": arguments.dampening_frac}
         if arguments.repair == "paper":
-            update = paper_update(weight, keep, statistics.energy, adapter, kappa=arguments.kappa, **damping)
+            update = paper_update(
+                weight,
+                keep,
+                statistics.energy,
+                adapter,
+                kappa=arguments.kappa,
+                dampening_frac=arguments.dampening_frac,
+            )
         else:
-            update = adapter_update(weight, keep, statistics.gram, adapter, steps=arguments.repair_steps, **damping)
+            update = adapter_update(
+                weight,
+                keep,
+                statistics.gram,
+                adapter,
+                drift=statistics.drift,
+                share=arguments.dense_targets,
+                steps=arguments.repair_steps,
+                dampening_frac=arguments.dampening_frac,
+            )
         pruned = updated_weight(weight, keep, update, adapter)
     scales = None
     if grid is not None:

@@ -36,6 +36,8 @@ def all_reduce_statistics(statistics: InputStatistics) -> None:
     if world()[1] > 1:
         count = torch.tensor(statistics.count, device=statistics.sum.device)
         dist.all_reduce(statistics.sum)
+        if statistics.drift_sum is not None:
+            dist.all_reduce(statistics.drift_sum)
         dist.all_reduce(count)
         statistics.count = int(count)
 

@@ -21,9 +21,11 @@ from efx_plugin.engine.arguments import PruningArguments
 from efx_plugin.engine.block_pruner import BlockPruner, Store
 from efx_plugin.engine.blocks import PlannedBlock, decoder_blocks
 from efx_plugin.engine.decide import RunningScores
+from efx_plugin.engine.dense_stream import DenseStream
 from efx_plugin.engine.report import PrunedLayer
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import inner_model
+from efx_plugin.model.hooks import register_hook
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,9 @@ def prune_in_sequence(
 ) -> list[PrunedLayer]:
     """Calibrate, prune and repair every planned block, in order.
 
-    It holds the hidden states of all batches before one block, and one block's statistics. Where there are several
-    processes, each calls it, with the same number of batches.
+    It holds the hidden states of all batches before one block, with those of the dense model where the repair wants
+    its outputs, and one block's statistics. Where there are several processes, each calls it, with the same number of
+    batches.
 
     Args:
         model: a transformers model or a PeftModel around one, as it is called in training.
@@ -83,10 +86,13 @@ def prune_in_sequence(
     """
     blocks = decoder_blocks(inner_model(model))
     planned, last = {plan.name: plan for plan in plans}, list(blocks)[-1]
+    dense = DenseStream(blocks, planned) if arguments.uses_dense_model else None
     mask: Tensor | None = None
     results = []
-    with _undisturbed(model):
+    with _undisturbed(model), ExitStack() as outer:
         runs, autocast = _record(model, blocks, batches)
+        if dense is not None:
+            dense.attach(partial(register_hook, outer))
 
         def forward(name: str, run: _Run) -> Tensor:
             nonlocal mask
@@ -108,6 +114,7 @@ def prune_in_sequence(
                     sensitivities=sensitivities,
                     running=running,
                     masks=masks,
+                    dense=dense,
                 )
                 with ExitStack() as hooks:
                     pruner.attach(partial(register_hook, hooks))
@@ -185,11 +192,6 @@ def _call(model: nn.Module, batch: Batch) -> None:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-def register_hook(hooks: ExitStack, module: nn.Module, hook: Callable[..., Any], kind: str, **kwargs: Any) -> None:
-    """A hook ("forward" or "forward_pre") that lasts until the stack closes."""
-    hooks.callback(getattr(module, f"register_{kind}_hook")(hook, **kwargs).remove)
 
 
 @contextmanager

@@ -5,6 +5,10 @@ published repair, Partial Brain Surgeon (`paper_update`), moves the adapter so t
 objective that cannot see that one input may stand in for another. Least squares on the layer's output, under the full
 Gram, does: over all kept weights (`repair_weights`) or in the adapter's subspace (`adapter_update`).
 
+Inputs x behind pruned layers have drifted from the x' of the dense model. What is fitted may therefore be
+U (x + a (x' − x)) in place of U x: the target of the system grows by a U D on the kept entries, D = E[(x' − x) xᵀ], and
+nothing else changes (GPTAQ, arXiv 2504.02692, does so for quantization).
+
 Conjugate gradients solve both for all rows at once, with matrix products alone and within the mask. In exact
 arithmetic each of their steps lowers the error of every row; a row for which rounding has it otherwise is left masked.
 """
@@ -36,16 +40,26 @@ def output_error(weight: Tensor, other: Tensor, gram: Tensor) -> Tensor:
 
 
 def repair_weights(
-    weight: Tensor, keep: Tensor, gram: Tensor, *, steps: int = 10, dampening_frac: float = 0.01
+    weight: Tensor,
+    keep: Tensor,
+    gram: Tensor,
+    *,
+    drift: Tensor | None = None,
+    share: float = 1.0,
+    steps: int = 10,
+    dampening_frac: float = 0.01,
 ) -> Tensor:
-    """Kept weights that minimise E‖(U − W) x‖² for every row: W_K = U_K + U_S G_SK (G_KK + λ I)⁻¹.
+    """Kept weights that minimise E‖U (x + a (x' − x)) − W x‖² for every row:
+    W_K = U_K + [U_S G + a U D]_K (G_KK + λ I)⁻¹.
 
-    The calibration error of no row grows.
+    This error of no row grows.
 
     Args:
         weight: effective weight U before pruning, [out, in].
         keep: mask, bool [out, in].
-        gram: Gram of the layer's inputs, fp32 [in, in].
+        gram: Gram of the layer's inputs x, fp32 [in, in].
+        drift: D = E[(x' − x) xᵀ], fp32 [in, in], with the inputs x' of the dense model; None for x' = x.
+        share: a, the part of the drift that is made up for.
         steps: conjugate gradient steps; ten are within noise of the exact solution.
         dampening_frac: λ as a fraction of the mean diagonal of the Gram.
 
@@ -58,29 +72,38 @@ def repair_weights(
         return repaired
     inverse = 1 / (gram.diagonal() + damping)
     for rows in _chunks(*weight.shape):
-        repaired[rows] += _change_of_weights(weight[rows], keep[rows], gram, inverse, damping, steps)
+        target = _lost_output(weight[rows], keep[rows], gram, drift, share)
+        repaired[rows] += _change_of_weights(target, keep[rows], gram, inverse, damping, steps)
     return repaired
 
 
 def _change_of_weights(
-    weight: Tensor, keep: Tensor, gram: Tensor, inverse: Tensor, damping: float, steps: int
+    target: Tensor, keep: Tensor, gram: Tensor, inverse: Tensor, damping: float, steps: int
 ) -> Tensor:
     mask = keep.float()
 
     def product(change: Tensor) -> Tensor:
         return torch.addmm(change, change, gram, beta=damping).mul_(mask)
 
-    target = (_pruned_part(weight, keep) @ gram).mul_(mask)
     return _conjugate_gradients(target, product, lambda residual: residual * inverse, damping, steps)
 
 
 def adapter_update(
-    weight: Tensor, keep: Tensor, gram: Tensor, lora_a: Tensor, *, steps: int = 10, dampening_frac: float = 0.01
+    weight: Tensor,
+    keep: Tensor,
+    gram: Tensor,
+    lora_a: Tensor,
+    *,
+    drift: Tensor | None = None,
+    share: float = 1.0,
+    steps: int = 10,
+    dampening_frac: float = 0.01,
 ) -> Tensor:
-    """The change d of B that minimises E‖(U − (U + d A)_K) x‖²: per row d (A_K G_KK A_Kᵀ + λ I) = U_S G_SK A_Kᵀ.
+    """The change d of B that minimises E‖U (x + a (x' − x)) − (U + d A)_K x‖²: per row
+    d (A_K G_KK A_Kᵀ + λ I) = [U_S G + a U D]_K A_Kᵀ.
 
-    The masked layer afterwards is `updated_weight(weight, keep, d, lora_a)`, and the calibration error of no row of
-    it exceeds that of the masked U.
+    The masked layer afterwards is `updated_weight(weight, keep, d, lora_a)`, and this error of no row of it exceeds
+    that of the masked U.
 
     The system of a row is A_K G_KK A_Kᵀ with a mask of its own, and to form it takes r products with the Gram per row.
     But all of them are near q² A G Aᵀ + q (1 − q) A diag(G) Aᵀ, their mean over random masks that keep the fraction
@@ -92,6 +115,7 @@ def adapter_update(
         keep: mask, bool [out, in].
         gram: Gram of the layer's inputs, fp32 [in, in].
         lora_a: A with the adapter's scaling in it, s·A, [r, in].
+        drift, share: D and a, see `repair_weights`.
         steps: conjugate gradient steps at most.
         dampening_frac: λ as a fraction of the mean diagonal of the rows' mean system.
 
@@ -109,12 +133,13 @@ def adapter_update(
     mean.diagonal().add_(damping)
     inverse = torch.linalg.inv(mean)
     for rows in _chunks(*weight.shape):
-        update[rows] = _change_of_adapter(weight[rows], keep[rows], gram, lora_a, inverse, damping, steps)
+        target = _lost_output(weight[rows], keep[rows], gram, drift, share) @ lora_a.T
+        update[rows] = _change_of_adapter(target, keep[rows], gram, lora_a, inverse, damping, steps)
     return update
 
 
 def _change_of_adapter(
-    weight: Tensor, keep: Tensor, gram: Tensor, lora_a: Tensor, inverse: Tensor, damping: float, steps: int
+    target: Tensor, keep: Tensor, gram: Tensor, lora_a: Tensor, inverse: Tensor, damping: float, steps: int
 ) -> Tensor:
     mask = keep.float()
 
@@ -122,7 +147,6 @@ def _change_of_adapter(
         image = (update @ lora_a).mul_(mask) @ gram
         return torch.addmm(update, image.mul_(mask), lora_a.T, beta=damping)
 
-    target = (_pruned_part(weight, keep) @ gram).mul_(mask) @ lora_a.T
     return _conjugate_gradients(target, product, lambda residual: residual @ inverse, damping, steps)
 
 
@@ -189,6 +213,14 @@ def paper_update(
         own = (pruned @ pairs)[:, place]
         update[rows] = -torch.linalg.solve(shared + (1 - kappa) * own, (pruned * weight[rows]) @ weighted.T)
     return update
+
+
+def _lost_output(weight: Tensor, keep: Tensor, gram: Tensor, drift: Tensor | None, share: float) -> Tensor:
+    """[U_S G + a U D]_K: what the masked output lacks, times the kept inputs."""
+    lost = _pruned_part(weight, keep) @ gram
+    if drift is not None:
+        lost.addmm_(weight.float(), drift, alpha=share)
+    return lost.mul_(keep)
 
 
 def _pruned_part(weight: Tensor, keep: Tensor) -> Tensor:

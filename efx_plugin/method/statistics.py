@@ -11,22 +11,28 @@ class InputStatistics:
     """Running Gram G = E[x xᵀ] of the inputs of a linear layer.
 
     Sums are kept in fp32, so statistics of several batches, processes or devices add up (`merge`). A full Gram costs
-    4·in² bytes; where only the energies are needed, `full=False` keeps 4·in.
+    4·in² bytes; where only the energies are needed, `full=False` keeps 4·in. The drift D = E[(x' − x) xᵀ] from the
+    inputs x' that the same tokens have in another model costs as much as a Gram again.
 
     Attributes:
         sum: Σ x xᵀ, fp32 [in, in], not all of it below the diagonal until `finish`; or Σ x², fp32 [in].
+        drift_sum: Σ (x' − x) xᵀ, fp32 [in, in]; None where no drift is kept.
         features: `in`.
         count: number of inputs seen.
 
     Args:
         features: number of input features, `in`.
         full: keep the whole Gram rather than its diagonal.
+        drift: keep the drift as well.
         device: where the sums live.
     """
 
-    def __init__(self, features: int, *, full: bool = True, device: torch.device | str | None = None):
+    def __init__(
+        self, features: int, *, full: bool = True, drift: bool = False, device: torch.device | str | None = None
+    ):
         shape = (features, features) if full else (features,)
         self.sum = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.drift_sum = torch.zeros(features, features, dtype=torch.float32, device=device) if drift else None
         self.features, self.count = features, 0
         self._finished = False
 
@@ -44,15 +50,34 @@ class InputStatistics:
             self.sum.add_(rows.square().sum(dim=0))
         self.count += rows.shape[0]
 
+    def update_drift(self, inputs: Tensor, others: Tensor) -> None:
+        """Add what another model has in place of a batch of inputs that `update` was given.
+
+        Args:
+            inputs: x, [..., in], any floating dtype.
+            others: x' of the same tokens, of the same shape.
+
+        Raises:
+            ValueError: no drift is kept.
+        """
+        if self.drift_sum is None:
+            raise ValueError("these statistics keep no drift: construct them with drift=True")
+        rows = inputs.reshape(-1, self.features).float()
+        self.drift_sum.addmm_((others.reshape(-1, self.features).float() - rows).T, rows)
+
     def merge(self, other: "InputStatistics") -> None:
         """Add what `other` has seen, as if its batches had been passed to `update` here."""
         self.sum.add_(other.sum.to(self.sum.device))
+        if self.drift_sum is not None and other.drift_sum is not None:
+            self.drift_sum.add_(other.drift_sum.to(self.sum.device))
         self.count += other.count
 
     def finish(self) -> None:
         """Make the sums means in place, so that `gram` is no second copy; nothing can be added afterwards."""
         if self.count and not self._finished:
             self._finish(self.sum)
+            if self.drift_sum is not None:
+                self.drift_sum.div_(self.count)
             self._finished = True
 
     @property
@@ -71,6 +96,13 @@ class InputStatistics:
         """e_i = E[x_i²], fp32 [in]; ValueError when nothing was seen yet."""
         mean = self._mean()
         return mean.diagonal() if self.full else mean
+
+    @property
+    def drift(self) -> Tensor | None:
+        """D = E[(x' − x) xᵀ], fp32 [in, in]; None where it was not kept, ValueError when nothing was seen yet."""
+        if self.count == 0:
+            raise ValueError("no calibration input was seen")
+        return self.drift_sum if self.drift_sum is None or self._finished else self.drift_sum / self.count
 
     def _mean(self) -> Tensor:
         if self.count == 0:

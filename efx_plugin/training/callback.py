@@ -213,10 +213,13 @@ class EfficientXpertCallback(TrainerCallback):
         if self.arguments.allocation == "layer":
             assert fisher is not None  # PruningArguments refuses whatever has no use for it
             sparsities = allocate_over_blocks(self._plans, self.arguments, fisher.sensitivities, fisher.energies)
+        arguments = self.arguments
+        if previous:  # what is pruned comes back beside kept weights that stand in for it: that is no dense expert
+            arguments = arguments.model_copy(update={"dense_targets": 0.0})
         results = prune_in_sequence(
             model,
             self._plans,
-            self.arguments,
+            arguments,
             recording.batches,
             store=partial(self._store, optimizer),
             sparsities=sparsities,

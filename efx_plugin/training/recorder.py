@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from efx_plugin.engine.distributed import gather_objects, world
 from efx_plugin.engine.fisher import Fisher, FisherStatistics, is_language_model
-from efx_plugin.engine.sequential import Batch, register_hook
+from efx_plugin.engine.sequential import Batch
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import LinearLayer, inner_model
+from efx_plugin.model.hooks import register_hook
 
 # Arguments of a forward pass that do not change what the decoder blocks see.
 _NOT_INPUTS = {"labels", "num_items_in_batch", "use_cache", "logits_to_keep"}

@@ -1,4 +1,5 @@
 import pytest
+from pydantic import ValidationError
 
 from efx_plugin.engine.arguments import PruningArguments
 from efx_plugin.errors import EfxError
@@ -31,6 +32,16 @@ def test_propagation_is_used_only_where_it_can_change_a_mask():
     assert not PruningArguments(propagation="none").uses_propagation
     assert not PruningArguments(comparison_group="row", allocation="uniform").uses_propagation
     assert PruningArguments(comparison_group="row", allocation="matrix").uses_propagation
+
+
+def test_the_dense_model_computes_only_for_a_repair_that_can_use_its_outputs():
+    assert PruningArguments(dense_targets=0.5).uses_dense_model
+    assert PruningArguments(dense_targets=1, repair="adapter").uses_dense_model
+    assert not PruningArguments(dense_targets=0).uses_dense_model
+    assert not PruningArguments(dense_targets=1, repair="none").uses_dense_model
+    assert not PruningArguments(dense_targets=1, repair="paper").uses_dense_model
+    with pytest.raises(ValidationError, match="dense_targets"):
+        PruningArguments(dense_targets=1.5)
 
 
 def test_energies_suffice_for_wanda_without_a_repair_of_outputs():

@@ -8,7 +8,7 @@ from efx_plugin.method.repair import adapter_update, output_error, paper_update,
 
 rows, columns, ranks = st.integers(1, 6), st.integers(1, 16), st.integers(1, 10)
 tokens, densities, seeds = st.integers(1, 40), st.floats(0, 1), st.integers(0, 2**31)
-dampings = st.floats(1e-4, 1)
+dampings, shares = st.floats(1e-4, 1), st.floats(0, 1)
 
 
 def _layer(rows, columns, tokens, density, seed, rank=4):
@@ -20,13 +20,25 @@ def _layer(rows, columns, tokens, density, seed, rank=4):
     return weight, inputs, keep, inputs.T @ inputs / tokens, lora_a
 
 
-def _never_worse(weight, repaired, keep, inputs):
-    """No row's calibration error exceeds that of plain masking, up to the rounding of the energies it is made of."""
+def _drifted(inputs, seed, amount=1.0):
+    """Inputs of the same tokens in another model, and their drift from `inputs`."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(inputs.shape[1], inputs.shape[1], generator=generator) / inputs.shape[1] ** 0.5
+    others = inputs + amount * inputs @ mixed + amount * torch.randn(inputs.shape, generator=generator)
+    return others, (others - inputs).T @ inputs / len(inputs)
+
+
+def _never_worse(weight, repaired, keep, inputs, wanted=None):
+    """No row's calibration error exceeds that of plain masking, up to the rounding of the energies it is made of.
+
+    `wanted` are the inputs of the unpruned weights; None takes those of the pruned ones.
+    """
     weight, repaired, inputs = weight.double(), repaired.double(), inputs.double()
-    before = (inputs @ (weight - weight * keep).T).square().mean(dim=0)
-    after = (inputs @ (weight - repaired).T).square().mean(dim=0)
-    scale = weight.square().sum(dim=1) * inputs.square().mean(dim=0).sum()
-    return (after <= before + 1e-6 * scale).all()
+    wanted = inputs if wanted is None else wanted.double()
+    before = (wanted @ weight.T - inputs @ (weight * keep).T).square().mean(dim=0)
+    after = (wanted @ weight.T - inputs @ repaired.T).square().mean(dim=0)
+    energy = torch.maximum(inputs.square().mean(dim=0).sum(), wanted.square().mean(dim=0).sum())
+    return (after <= before + 1e-6 * weight.square().sum(dim=1) * energy).all()
 
 
 @settings(deadline=None)
@@ -47,6 +59,53 @@ def test_an_adapter_update_never_raises_the_error_of_a_row(rows, columns, rank, 
     assert update.shape == (rows, rank) and repaired.isfinite().all()
     assert (repaired[~keep] == 0).all()
     assert _never_worse(weight, repaired, keep, inputs)
+
+
+@settings(deadline=None)
+@given(rows, columns, ranks, tokens, densities, shares, dampings, seeds)
+def test_no_row_ends_further_from_what_the_dense_model_gives(
+    rows, columns, rank, tokens, density, share, damping, seed
+):
+    weight, inputs, keep, gram, lora_a = _layer(rows, columns, tokens, density, seed, rank)
+    others, drift = _drifted(inputs, seed)
+    wanted = inputs + share * (others - inputs)
+    options = {"drift": drift, "share": share, "dampening_frac": damping}
+    of_weights = repair_weights(weight, keep, gram, **options)
+    update = adapter_update(weight, keep, gram, lora_a, **options)
+    for repaired in (of_weights, updated_weight(weight, keep, update, lora_a)):
+        assert (repaired[~keep] == 0).all() and repaired.isfinite().all()
+        assert _never_worse(weight, repaired, keep, inputs, wanted)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_targets_of_the_dense_model_enter_the_normal_equations(share):
+    weight, inputs, keep, gram, lora_a = _layer(9, 24, 400, 0.5, 13, rank=6)
+    _, drift = _drifted(inputs, 13, 0.3)
+    options = {"drift": drift, "share": share, "steps": 200, "dampening_frac": 1e-3}
+    repaired = repair_weights(weight, keep, gram, **options)
+    update = adapter_update(weight, keep, gram, lora_a, **options)
+    u, g, d, a = weight.double(), gram.double(), drift.double(), lora_a.double()
+    damping = 1e-3 * g.diagonal().mean()
+    density = keep.double().mean()
+    expected_system = density**2 * (a @ g @ a.T) + density * (1 - density) * (a * g.diagonal() @ a.T)
+    ridge = 1e-3 * expected_system.diagonal().mean() * torch.eye(6, dtype=a.dtype)
+    for row in range(9):
+        kept = keep[row]
+        target = ((u[row] * ~kept) @ g + share * u[row] @ d)[kept]
+        system = g[kept][:, kept]
+        change = torch.linalg.solve(system + damping * torch.eye(len(system), dtype=g.dtype), target)
+        torch.testing.assert_close(repaired[row, kept].double(), u[row, kept] + change, rtol=2e-3, atol=2e-3)
+        a_kept = a[:, kept]
+        expected = torch.linalg.solve(a_kept @ system @ a_kept.T + ridge, a_kept @ target)
+        torch.testing.assert_close(update[row].double(), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_without_a_share_of_the_drift_the_repair_is_the_same_to_the_bit():
+    weight, inputs, keep, gram, lora_a = _layer(16, 40, 300, 0.5, 2, rank=8)
+    _, drift = _drifted(inputs, 2)
+    assert torch.equal(repair_weights(weight, keep, gram, drift=drift, share=0), repair_weights(weight, keep, gram))
+    without = adapter_update(weight, keep, gram, lora_a)
+    assert torch.equal(adapter_update(weight, keep, gram, lora_a, drift=drift, share=0), without)
 
 
 @pytest.mark.parametrize("repair", ["weights", "adapter"])
@@ -94,10 +153,11 @@ def test_an_adapter_update_is_the_least_squares_solution_of_every_row(rank):
 
 @pytest.mark.parametrize("kind", ["weights", "adapter", "paper", "paper by row", "error"])
 def test_chunks_of_rows_change_nothing(kind, monkeypatch):
-    weight, _, keep, gram, lora_a = _layer(11, 12, 50, 0.5, 1)
+    weight, inputs, keep, gram, lora_a = _layer(11, 12, 50, 0.5, 1)
+    _, drift = _drifted(inputs, 1, 0.1)
     run = {
-        "weights": lambda: repair_weights(weight, keep, gram),
-        "adapter": lambda: adapter_update(weight, keep, gram, lora_a),
+        "weights": lambda: repair_weights(weight, keep, gram, drift=drift),
+        "adapter": lambda: adapter_update(weight, keep, gram, lora_a, drift=drift),
         "paper": lambda: paper_update(weight, keep, gram.diagonal(), lora_a),
         "paper by row": lambda: paper_update(weight, keep, gram.diagonal(), lora_a, kappa=0.5),
         "error": lambda: output_error(weight, weight * keep, gram),

@@ -8,6 +8,7 @@ import torch
 from llmcompressor.core import State
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modeling.moe.linearize import get_non_linearized_moes, repack_moe
+from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 
@@ -52,6 +53,16 @@ def test_the_modifier_is_told_the_modules_that_were_calibrated():
         HOST,
         MODIFIER,
     )
+
+
+def test_hooks_of_modifiers_stand_still_where_they_are_told_to():
+    module, seen = torch.nn.Linear(2, 2), []
+    HooksMixin().register_hook(module, lambda *_: seen.append(True), "forward")
+    with HooksMixin.disable_hooks():
+        module(torch.ones(1, 2))
+        holds(not seen, HOST, "HooksMixin.disable_hooks leaves hooks on", MODIFIER)
+    module(torch.ones(1, 2))
+    holds(seen, HOST, "HooksMixin.disable_hooks outlasts its context", MODIFIER)
 
 
 def test_experts_are_told_the_routing_by_name(model):
