@@ -79,31 +79,25 @@ class EmulatedGpu:
         how = variants.launch(self._variant, rows, columns)
         return self._call("emulate_decode", how, [x, *packed, bias], (tokens, rows), x.dtype, (tokens, rows, columns))
 
-    def gemm(self, x: Tensor, packed: Packed, bias: Tensor | None, rows: int, splits: int) -> Tensor:
+    def multiply_many(self, x: Tensor, packed: Packed, bias: Tensor | None, rows: int, splits: int) -> Tensor:
         """x [tokens, columns] times the packed weight, plus `bias`, by way of so many partial sums: [tokens, rows]."""
         tokens, columns = x.shape
-        plan = gemm.planned(self._variant, tokens, rows, splits)
-        inputs, sizes = [x, *packed, bias], (tokens, rows, columns, splits)
-        if plan.reduce is None:
-            return self._call("emulate_gemm", plan.gemm, inputs, (tokens, rows), x.dtype, sizes)
-        numbers = gemm.partial_bytes(self._variant, tokens, rows, splits) // 4
-        partial = self._call("emulate_gemm", plan.gemm, inputs, (1, numbers), torch.float32, sizes)
+        if self._variant.file == "wgmma.cu":
+            plan = wgmma.planned(self._variant, tokens, rows, columns, splits)
+            size = wgmma.image_bytes(self._variant, tokens, columns) // x.element_size()
+            first = self._call("emulate_arrange", plan.arrange, [x], (1, size), x.dtype, (tokens, columns))
+            product, how, bytes_of, added, how_added = "wgmma", plan.wgmma, wgmma.partial_bytes, "add", plan.add
+        else:
+            planned = gemm.planned(self._variant, tokens, rows, splits)
+            first, product, how, bytes_of = x, "gemm", planned.gemm, gemm.partial_bytes
+            added, how_added = "reduce", planned.reduce
+        inputs, sizes = [first, *packed, bias], (tokens, rows, columns, splits)
+        if how_added is None:
+            return self._call(f"emulate_{product}", how, inputs, (tokens, rows), x.dtype, sizes)
+        numbers = bytes_of(self._variant, tokens, rows, splits) // 4
+        partial = self._call(f"emulate_{product}", how, inputs, (1, numbers), torch.float32, sizes)
         inputs, sizes = [partial, packed[2], bias], (tokens, rows, splits)
-        return self._call("emulate_reduce", plan.reduce, inputs, (tokens, rows), x.dtype, sizes)
-
-    def wgmma(self, x: Tensor, packed: Packed, bias: Tensor | None, rows: int, splits: int) -> Tensor:
-        """As `gemm`, by wgmma.cu."""
-        tokens, columns = x.shape
-        plan = wgmma.planned(self._variant, tokens, rows, columns, splits)
-        size = wgmma.image_bytes(self._variant, tokens, columns) // x.element_size()
-        image = self._call("emulate_arrange", plan.arrange, [x], (1, size), x.dtype, (tokens, columns))
-        inputs, sizes = [image, *packed, bias], (tokens, rows, columns, splits)
-        if plan.add is None:
-            return self._call("emulate_wgmma", plan.wgmma, inputs, (tokens, rows), x.dtype, sizes)
-        numbers = wgmma.partial_bytes(self._variant, tokens, rows, splits) // 4
-        partial = self._call("emulate_wgmma", plan.wgmma, inputs, (1, numbers), torch.float32, sizes)
-        inputs, sizes = [partial, packed[2], bias], (tokens, rows, splits)
-        return self._call("emulate_add", plan.add, inputs, (tokens, rows), x.dtype, sizes)
+        return self._call(f"emulate_{added}", how_added, inputs, (tokens, rows), x.dtype, sizes)
 
     def worst_of_bank(self) -> dict[str, int]:
         """By kind of access to shared memory, how many different words of one bank are needed at a time, at most, in

@@ -5,7 +5,7 @@ It stands below `efx_plugin.kernels.cuda.driver.Function`, so that all above it 
 
 import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -175,20 +175,9 @@ def _arrange(x: Tensor, image: Tensor, tokens: int, columns: int) -> None:
     image[: x.numel()] = x.flatten()
 
 
-def _wgmma(
-    image: Tensor,
-    starts: Tensor,
-    records: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    out: Tensor,
-    tokens: int,
-    rows: int,
-    columns: int,
-    splits: int,
-) -> None:
-    x = image[: tokens * columns].view(tokens, columns)
-    _gemm(x, starts, records, scales, bias, out, tokens, rows, columns, splits)
+def _wgmma(image: Tensor, *others: Any) -> None:
+    tokens, _, columns, _ = others[-4:]
+    _gemm(image[: tokens * columns].view(tokens, columns), *others)
 
 
 def _expand(

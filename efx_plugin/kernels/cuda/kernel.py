@@ -149,7 +149,8 @@ class Loaded:
     def prepare(self, rows: int) -> None:
         """Load what weights of so many rows need."""
         for tokens in range(1, self.crossovers.decode + 1):
-            self._choose(rows, tokens)
+            if (rows, tokens) not in self._chosen:
+                self._choose(rows, tokens)
 
     def multiply(
         self, x: Tensor, starts: Tensor, records: Tensor, scales: Tensor | None, bias: Tensor | None, y: Tensor

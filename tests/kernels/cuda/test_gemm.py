@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from efx_plugin.kernels.cuda import gemm, layout, variants
+from efx_plugin.kernels.cuda import gemm, variants
 from efx_plugin.kernels.cuda.variants import Variant
 from tests.support.emulated_gpu import EmulatedGpu, emulated_source
-from tests.support.sparse_products import KINDS, MASKS, Case, is_near, padded, value
+from tests.support.sparse_products import KINDS, value
+from tests.support.split_products import SplitCase, check, multiply, random_split_case
 
 CASES = 2 * int(os.environ.get("EFX_EMULATED_CASES", "500")) // 5
 VARIANTS = [(variant, *kind) for kind in KINDS for variant in gemm.gemm_variants(*kind)]
@@ -24,45 +24,12 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no
 every_kind = pytest.mark.parametrize(("dtype", "is_int8"), KINDS)
 
 
-@dataclass(frozen=True)
-class SplitCase(Case):
-    splits: int = 1
-
-
 def random_case(variant: Variant, dtype: torch.dtype, is_int8: bool, seed: int) -> SplitCase:
     choose = random.Random(seed)
     columns = choose.randint(1, 900)
-    wide = -(-columns // layout.TILE_COLUMNS)
-    return SplitCase(
-        dtype,
-        is_int8,
-        tokens=choose.randint(1, variant.tokens + variant.tokens // 2),
-        rows=choose.choice((choose.randint(1, 48), choose.randint(1, 300))),
-        columns=choose.choice((columns, wide * layout.TILE_COLUMNS)),
-        mask=choose.choice((*MASKS, "random", "random")),
-        density=choose.choice((0.1, 0.4, 0.5, 0.6, 0.9)),
-        biased=choose.random() < 0.5,
-        at_once=choose.random() < 0.5,
-        descending=choose.random() < 0.5,
-        seed=seed,
-        splits=choose.choice((1, choose.randint(1, wide))),
-    )
-
-
-def multiply(gpu: EmulatedGpu, case: SplitCase, x: Tensor, others: tuple[Tensor | None, ...]) -> Tensor:
-    """x times the weight, of which with its scales and the bias `others` consists."""
-    gpu.at_once, gpu.descending = case.at_once, case.descending
-    weight, scales, bias = others
-    return gpu.gemm(padded(x), (*layout.pack(weight), scales), bias, case.rows, case.splits)
-
-
-def check(gpu: EmulatedGpu, case: SplitCase) -> None:
-    """The product is the float64 one but for the rounding of each step of 16 columns and each split in float32, and of
-    the result.
-    """
-    x, weight, scales, bias = case.tensors()
-    y = multiply(gpu, case, x, (weight, scales, bias))
-    assert is_near(y, case, (x, weight, scales, bias), additions=case.columns / 16 + case.splits + 4), case
+    tokens = choose.randint(1, variant.tokens + variant.tokens // 2)
+    rows = choose.choice((choose.randint(1, 48), choose.randint(1, 300)))
+    return random_split_case(choose, dtype, is_int8, tokens, rows, columns, seed)
 
 
 @pytest.mark.parametrize("part", range(4))

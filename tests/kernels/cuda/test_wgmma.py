@@ -7,16 +7,16 @@ There is a fifth of EFX_EMULATED_CASES random cases of it.
 import os
 import random
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from efx_plugin.kernels.cuda import layout, variants, wgmma
+from efx_plugin.kernels.cuda import variants, wgmma
 from efx_plugin.kernels.cuda.variants import Variant
 from tests.support.emulated_gpu import EmulatedGpu, emulated_source
-from tests.support.sparse_products import KINDS, MASKS, Case, is_near, padded, value
+from tests.support.sparse_products import KINDS, value
+from tests.support.split_products import SplitCase, check, multiply, random_split_case
 
 CASES = int(os.environ.get("EFX_EMULATED_CASES", "500")) // 5
 # All of bfloat16; of the other kinds one of each number of tokens.
@@ -30,46 +30,13 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there i
 every_kind = pytest.mark.parametrize(("dtype", "is_int8"), KINDS)
 
 
-@dataclass(frozen=True)
-class SplitCase(Case):
-    splits: int = 1
-
-
 def random_case(variant: Variant, dtype: torch.dtype, is_int8: bool, seed: int) -> SplitCase:
     """Every other one has more tiles than a block has stages."""
     choose = random.Random(seed)
     columns = choose.randint(64 * variant.stages, 64 * variant.stages + 400) if seed % 2 else choose.randint(1, 400)
-    wide = -(-columns // layout.TILE_COLUMNS)
-    return SplitCase(
-        dtype,
-        is_int8,
-        tokens=choose.randint(1, variant.tokens + variant.tokens // 4),
-        rows=choose.choice((choose.randint(1, 48), choose.randint(1, 300), 8 * choose.randint(1, 20))),
-        columns=choose.choice((columns, wide * layout.TILE_COLUMNS)),
-        mask=choose.choice((*MASKS, "random", "random")),
-        density=choose.choice((0.1, 0.4, 0.5, 0.6, 0.9)),
-        biased=choose.random() < 0.5,
-        at_once=choose.random() < 0.5,
-        descending=choose.random() < 0.5,
-        seed=seed,
-        splits=choose.choice((1, choose.randint(1, wide))),
-    )
-
-
-def multiply(gpu: EmulatedGpu, case: SplitCase, x: Tensor, others: tuple[Tensor | None, ...]) -> Tensor:
-    """x times the weight, of which with its scales and the bias `others` consists."""
-    gpu.at_once, gpu.descending = case.at_once, case.descending
-    weight, scales, bias = others
-    return gpu.wgmma(padded(x), (*layout.pack(weight), scales), bias, case.rows, case.splits)
-
-
-def check(gpu: EmulatedGpu, case: SplitCase) -> None:
-    """The product is the float64 one but for the rounding of each step of 16 columns and each split in float32, and of
-    the result.
-    """
-    x, weight, scales, bias = case.tensors()
-    y = multiply(gpu, case, x, (weight, scales, bias))
-    assert is_near(y, case, (x, weight, scales, bias), additions=case.columns / 16 + case.splits + 4), case
+    tokens = choose.randint(1, variant.tokens + variant.tokens // 4)
+    rows = choose.choice((choose.randint(1, 48), choose.randint(1, 300), 8 * choose.randint(1, 20)))
+    return random_split_case(choose, dtype, is_int8, tokens, rows, columns, seed)
 
 
 @needs_compiler
