@@ -305,6 +305,14 @@ def compare(
         ),
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write tables and plots to this file.")] = None,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            help="Cells at a time, which share processors and accelerator. Small models are compared sooner so; their "
+            "seconds are those of cells beside each other.",
+            min=1,
+        ),
+    ] = 1,
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -364,7 +372,7 @@ def compare(
 
             check(request.tasks, data=request.task_data)
     served = request.served(cells)
-    report = run_grid(cells, request.cache, progress=not quiet, keep=tuple(served.values()), domains=domains)
+    report = run_grid(cells, request.cache, progress=not quiet, keep=tuple(served.values()), domains=domains, jobs=jobs)
     unserved: EfxError | None = None
     if serve is not None and not report.failures:
         console.print("timing in vLLM", highlight=False)

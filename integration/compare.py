@@ -71,7 +71,7 @@ class Budget:
     questions: int
 
 
-QUICK = Budget(("smollm2",), (".5",), 1, (1e-3, 3e-3), 32, 256, 15_000, 2_048, 24)
+QUICK = Budget(("smollm2",), (".5",), 1, (1e-3, 3e-3), 32, 256, 15_000, 2_048, 16)
 FULL = Budget(tuple(MODELS), (".4", ".5", ".6", ".7", "2:4"), 3, (3e-4, 1e-3, 3e-3), 128, 512, 100_000, 50_000, 400)
 
 
@@ -84,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pipelines", nargs="+", choices=PIPELINES, default=list(PIPELINES), help="these only")
     parser.add_argument("--sparsity", nargs="+", help="these only")
     parser.add_argument("--seeds", type=int, help="so many only")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, of 2 GB of memory each")
     given = parser.parse_args(arguments)
     budget = FULL if given.full else QUICK
     budget = replace(
@@ -92,18 +93,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sparsities=tuple(given.sparsity or budget.sparsities),
         seeds=given.seeds or budget.seeds,
     )
-    report = compare(budget, given.domains, given.pipelines)
+    report = compare(budget, given.domains, given.pipelines, jobs=given.jobs)
     show(report)
     if report.failures:
         raise SystemExit(f"{len(report.failures)} cells failed, first {report.failures[0].label}")
 
 
-def compare(budget: Budget, domains: Sequence[str], pipelines: Sequence[str], output: Path = OUTPUT) -> Report:
+def compare(
+    budget: Budget, domains: Sequence[str], pipelines: Sequence[str], output: Path = OUTPUT, jobs: int = 1
+) -> Report:
     """Run what is not in the cache, and write report.json and report.html.
 
     Args:
         domains, pipelines: keys of `DOMAINS` and `PIPELINES`.
         output: where everything goes.
+        jobs: cells at a time.
 
     Raises:
         EfxError: a package cannot be fetched, or the disk is full.
@@ -115,7 +119,7 @@ def compare(budget: Budget, domains: Sequence[str], pipelines: Sequence[str], ou
     masks = []
     if len(domains) > 1 and MASKS_BY in pipelines:
         masks = [mask_cell(budget, name, domains, output) for name in budget.models if name != "scratch"]
-    report = run_grid(made, output / "cache", domains=masks)
+    report = run_grid(made, output / "cache", domains=masks, jobs=jobs)
     write_atomically(output / "report.json", (json.dumps(report.as_json(), indent=1) + "\n").encode())
     write_html(report, output / "report.html")
     Console(stderr=True).print(f"{output / 'report.json'} and report.html", highlight=False)

@@ -70,7 +70,7 @@ def test_what_is_done_is_not_done_again(report, output, monkeypatch):
         raise AssertionError("done again")
 
     monkeypatch.setattr(compare, "train_lora", refuse)
-    monkeypatch.setattr("efx_plugin.evaluate.grid._run", refuse)
+    monkeypatch.setattr("efx_plugin.evaluate.grid.CellServer", refuse)
     again = compare.compare(TINY, ["legal", "health"], PIPELINES, output)
     assert again.rows == report.rows and again.domains == report.domains
 

@@ -28,7 +28,7 @@ _LIBRARIES = (
 )
 
 # Raised whenever a result comes to mean something else, so that older ones in a cache are not taken for it.
-_REVISION = 3
+_REVISION = 4
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,7 @@ class CellResult:
         compute_dtype: what perplexity was computed in.
         machine: name of the processor, or of the accelerator.
         versions: of the libraries, and `source`, see `source_hash`.
+        threads: that torch computed with; 0 where it was not noted.
     """
 
     corpora: dict[str, CorpusLosses]
@@ -208,6 +209,7 @@ class CellResult:
     compute_dtype: str
     machine: str
     versions: dict[str, str] = field(default_factory=dict)
+    threads: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """Ready for `json.dumps`; `from_json` is the way back."""

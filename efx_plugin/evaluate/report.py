@@ -394,6 +394,7 @@ def _conditions(findings: Sequence[Finding]) -> dict[str, Any]:
     return {
         "machine": sorted({result.machine for result in results}),
         "compute_dtype": sorted({result.compute_dtype for result in results}),
+        "threads": sorted({result.threads for result in results}),
         "versions": sorted({f"{name} {one}" for result in results for name, one in result.versions.items()}),
         "calibration": sorted({f"{data.samples} sequences of {data.length} tokens" for data in datas}),
         "training_tokens": sorted({data.training_tokens for data in datas}),

@@ -1,24 +1,17 @@
-"""`python -m efx_plugin.evaluate.run_cell REQUEST.json RESULT.json [MODEL]`: one cell in a process of its own.
-
-REQUEST is a `Cell`, or a `DomainCell`. RESULT appears only when complete: the cell and its `CellResult` or
-`DomainResult`; of a `Cell` there is RESULT with the ending .npz beside it, a sample of the masks. MODEL is a folder to
-keep what the pipeline made in, as it would be served. Exit codes are those of `efx`, with one sentence as the last line
-on stderr.
-"""
+"""One cell, in a process of its own: from the file that asks for it to the file with what it found."""
 
 import contextlib
-import ctypes
 import io
 import json
 import random
 import resource
 import shutil
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +26,56 @@ from efx_plugin.evaluate.scratch import scratch_folder
 
 _FEW = 20  # documents
 _VALIDATION = 0.1  # of the number of training sequences
-_SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
 
 
-def main() -> None:
-    """Entry point of the module."""
-    request, result, *kept = map(Path, sys.argv[1:])
-    _end_with_parent()
+def prepare(request: Path) -> None:
+    """Import what a cell needs: of what stays the same from cell to cell, that is what takes long.
+
+    Args:
+        request: see `main`.
+    """
+    cell = _asked(request)
+    PIPELINES[cell.pipeline].prepare()
+    modules = ["torch", "transformers", "peft", "efx_plugin.engine.compute_dtype", "efx_plugin.evaluate.perplexity"]
+    if isinstance(cell, DomainCell):
+        modules.append("efx_plugin.evaluate.masks")
+    elif cell.tasks:
+        modules += ["efx_plugin.evaluate.tasks", "lm_eval.models.huggingface"]
+    for name in modules:
+        import_module(name)
+
+
+def main(request: Path, result: Path, kept: Path | None) -> int:
+    """Run a cell.
+
+    Args:
+        request: file with a `Cell`, or a `DomainCell`.
+        result: file that appears only when complete, with the cell and its `CellResult` or `DomainResult`; of a `Cell`
+            there is one with the ending .npz beside it, a sample of the masks.
+        kept: folder to keep what the pipeline made in, as it would be served.
+
+    Returns:
+        An exit code of `efx`; other than 0, one sentence is the last line on stderr.
+    """
     try:
-        asked = json.loads(request.read_text())
-        cell: Cell | DomainCell
+        cell = _asked(request)
         found: CellResult | DomainResult
-        if "domains" in asked:
-            cell = DomainCell.from_json(asked)
+        if isinstance(cell, DomainCell):
             found = compare_masks(cell, result.parent)
         else:
-            cell = Cell.from_json(asked)
-            found, masks = run(cell, result.parent, *kept)
+            found, masks = run(cell, result.parent, kept)
             write_atomically(result.with_suffix(".npz"), masks)
         write_atomically(result, json.dumps({"cell": cell.as_json(), "result": found.as_json()}).encode())
     except Exception as error:
         traceback.print_exception(error)
         print(f"efx: {failures.sentence(error)}", file=sys.stderr)
-        sys.exit(failures.exit_code(error))
+        return failures.exit_code(error)
+    return 0
+
+
+def _asked(request: Path) -> Cell | DomainCell:
+    asked = json.loads(request.read_text())
+    return DomainCell.from_json(asked) if "domains" in asked else Cell.from_json(asked)
 
 
 def run(cell: Cell, scratch: Path, kept: Path | None = None) -> tuple[CellResult, bytes]:
@@ -155,6 +175,7 @@ def run(cell: Cell, scratch: Path, kept: Path | None = None) -> tuple[CellResult
         compute_dtype=str(dtype).removeprefix("torch."),
         machine=machine,
         versions=versions() | {"source": source_hash()},
+        threads=torch.get_num_threads(),
     )
     return result, masks.getvalue()
 
@@ -274,13 +295,3 @@ def _peak_memory() -> float:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
-
-
-def _end_with_parent() -> None:
-    """Have the system end this process when its parent is gone: a killed comparison leaves nothing running. Linux."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    main()

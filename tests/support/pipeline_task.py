@@ -14,10 +14,16 @@ from tests.support.tiny_llama import save_tiny_llama, tiny_llama
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 64, "num_hidden_layers": 2}
 
 
-def tiny_task(folder: Path) -> PipelineTask:
-    """A bfloat16 model that knows nothing, an adapter for all of its linear layers, and a domain: counting."""
-    model = tiny_llama(**SMALL).to(torch.bfloat16)
-    save_tiny_llama(folder / "model", **SMALL)
+def tiny_task(folder: Path, **overrides: int) -> PipelineTask:
+    """A bfloat16 model that knows nothing, an adapter for all of its linear layers, and a domain: counting.
+
+    Args:
+        folder: for the files.
+        overrides: of the model's configuration.
+    """
+    sizes = SMALL | overrides
+    model = tiny_llama(**sizes).to(torch.bfloat16)
+    save_tiny_llama(folder / "model", **sizes)
     model.save_pretrained(folder / "model")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)

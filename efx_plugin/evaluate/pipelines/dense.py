@@ -17,6 +17,10 @@ class Dense:
         self.name = name
         self.needs_adapter = needs_adapter
 
+    def prepare(self) -> None:
+        """See `Pipeline.prepare`."""
+        import efx_plugin.model.loading  # noqa: F401
+
     def run(self, task: PipelineTask) -> PipelineResult:
         """See `Pipeline.run`; the merge is computed in float32 and rounded to the stored dtype once."""
         from peft import PeftModel

@@ -1,5 +1,6 @@
 """A pipeline that is a function in a module of this package, imported when it runs: such modules import torch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -22,8 +23,17 @@ class Lazy:
     needs_training: bool = False
     groups: tuple[int, ...] = ()
 
+    def prepare(self) -> None:
+        """See `Pipeline.prepare`."""
+        self._load()
+
     def run(self, task: PipelineTask) -> PipelineResult:
         """See `Pipeline.run`."""
-        module, _, function = self.function.partition(".")
-        result: PipelineResult = getattr(import_module(f"efx_plugin.evaluate.pipelines.{module}"), function)(task)
-        return result
+        return self._load()(task)
+
+    def _load(self) -> Callable[[PipelineTask], PipelineResult]:
+        module, _, name = self.function.partition(".")
+        function: Callable[[PipelineTask], PipelineResult] = getattr(
+            import_module(f"efx_plugin.evaluate.pipelines.{module}"), name
+        )
+        return function

@@ -8,6 +8,7 @@ from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
 from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
 from torch import Tensor
 
+from efx_plugin.engine.arguments import Quantization
 from efx_plugin.evaluate.pipelines.arguments import take_arguments
 from efx_plugin.evaluate.pipelines.draft import Draft
 from efx_plugin.evaluate.pipelines.protocol import PipelineResult, PipelineTask
@@ -60,12 +61,13 @@ def sparsegpt_modifier(draft: Draft) -> Modifier:
     )
 
 
-def expert_modifier(draft: Draft) -> EfficientXpertModifier:
+def expert_modifier(draft: Draft, quantization: Quantization | None = None) -> EfficientXpertModifier:
     task = draft.task
     return EfficientXpertModifier(
         sparsity=task.sparsity,
         mask_structure=task.mask_structure,
         ignore=draft.ignored(),
+        quantization=quantization,
         **({"seed": task.seed} | task.arguments),
     )
 

@@ -99,6 +99,9 @@ class Pipeline(Protocol):
         """Sizes of quantization groups, its argument `group`, that are compared side by side: each has a cell of its
         own where it divides the inputs of all target layers. Empty where the pipeline chooses its group itself."""
 
+    def prepare(self) -> None:
+        """Import what `run` needs, which takes long."""
+
     def run(self, task: PipelineTask) -> PipelineResult:
         """Make the expert.
 

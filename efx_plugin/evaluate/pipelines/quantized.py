@@ -1,7 +1,8 @@
-"""The model with its adapter, quantized by llm-compressor: what users pick instead of pruning, and what they may add.
+"""The model with its adapter, quantized: by llm-compressor, which users pick instead of pruning, and by us as we prune.
 
-Weights are quantized by GPTQ, symmetrically. Below eight bits their scales are chosen by squared error, not by the
-largest weight as llm-compressor does unless it is asked: the perplexity of SmolLM2-135M at four bits is 2 % lower so.
+Weights are quantized symmetrically: dense ones by GPTQ, pruned ones by EfficientXpertModifier. Below eight bits GPTQ's
+scales are chosen by squared error, not by the largest weight as llm-compressor does unless it is asked: the perplexity
+of SmolLM2-135M at four bits is 2 % lower so.
 
 What comes out is a plain model that computes with the stored integers times their scales; where activations are
 quantized too, it rounds them as it goes.
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from efx_plugin.checkpoint import save_sparse
+from efx_plugin.engine.arguments import Quantization
 from efx_plugin.engine.compute_dtype import restore, round_scale
 from efx_plugin.evaluate import bits
 from efx_plugin.evaluate.pipelines.arguments import take_arguments
@@ -88,35 +90,40 @@ def w3(task: PipelineTask) -> PipelineResult:
 
 
 def expert_w8(task: PipelineTask) -> PipelineResult:
-    """Pruned as by `one_shot.expert`, whose arguments it takes; 8-bit weights, a scale for each row."""
-    return _quantize(task, Precision(8), pruned=True)
+    """As `one_shot.expert`, whose arguments it takes, with `quantization` W8A16: a scale for each row."""
+    return _quantize(task, Precision(8), quantization="W8A16")
 
 
 def expert_w4(task: PipelineTask) -> PipelineResult:
-    """Pruned as by `one_shot.expert`, whose arguments it takes; 4-bit weights in groups of 128."""
-    return _quantize(task, Precision(4, 128), pruned=True)
+    """As `one_shot.expert`, whose arguments it takes, with `quantization` W4A16: groups of 128, or 64 or 32."""
+    return _quantize(task, Precision(4, 128), quantization="W4A16")
 
 
-def _quantize(task: PipelineTask, precision: Precision, *notes: str, pruned: bool = False) -> PipelineResult:
+def _quantize(
+    task: PipelineTask, precision: Precision, *notes: str, quantization: Quantization | None = None
+) -> PipelineResult:
+    """Quantize the dense expert by GPTQ or, where `quantization` is given, prune and quantize at once."""
     draft = Draft.load(task, adapted=True)
     dense = draft.keep_dense()
+    if quantization is None:
+        draft.merge()
+        draft.calibrate(GPTQModifier(config_groups=_config_groups(draft, precision)))
+        sparsities = {}  # what is rounded to zero is not pruned
+    else:
+        pruner = expert_modifier(draft, quantization=quantization)
+        draft.calibrate(pruner)
+        sparsities = {layer.name: layer.sparsity for layer in pruner.report}
     model = draft.merge()
-    quantizer = GPTQModifier(config_groups=_config_groups(draft, precision))
-    pruner = expert_modifier(draft) if pruned else None
-    draft.calibrate(*([quantizer] if pruner is None else [pruner, quantizer]))
-    # What is rounded to zero is not pruned.
-    sparsities = {layer.name: layer.sparsity for layer in pruner.report} if pruner else {}
 
     for layer in draft.targets:
         round_scale(layer.base, draft.stored)
     restore(model, draft.dtypes)
     weights = {layer.name: layer.base.weight.detach() for layer in draft.targets}
     checkpoint = task.output / "checkpoint"
-    sparse = pruned and precision.bits == 8  # no format stores smaller values sparsely
-    if sparse:
-        save_sparse(model, checkpoint, progress=False)
-    else:
+    if quantization is None:
         model.save_pretrained(checkpoint)
+    else:
+        save_sparse(model, checkpoint, progress=False)
     plain = _plain(model, weights, precision)
 
     damage = dense.damage(plain, task.calibration)
@@ -128,7 +135,7 @@ def _quantize(task: PipelineTask, precision: Precision, *notes: str, pruned: boo
         bits_per_weight_stored=bits.stored(checkpoint),
         bits_per_weight_served=bits.served(checkpoint),
         layers=layers,
-        notes=[*notes, *_notes(plain, precision, reckon=pruned and not sparse)],
+        notes=[*notes, *_notes(plain, precision, reckon=quantization is not None and precision.bits < 8)],
     )
 
 

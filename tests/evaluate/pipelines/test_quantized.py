@@ -5,16 +5,17 @@ import torch
 
 from efx_plugin.checkpoint import load_sparse
 from efx_plugin.engine.blocks import linears_in_blocks
+from efx_plugin.errors import EfxError
 from tests.support.pipeline_task import run, tiny_task
 
-# Bits of a weight, and its group in layers with 32 and with 48 inputs; None for the row.
+# Bits of a weight, and its groups by the inputs of a layer; none for whole rows.
 PRECISIONS = {
-    "lora+w8a8": (8, None, None),
-    "lora+w8a16": (8, None, None),
-    "lora+w4a16": (4, 32, 16),
-    "lora+w3": (3, 32, 16),
-    "lora+expert+w8": (8, None, None),
-    "lora+expert+w4": (4, 32, 16),
+    "lora+w8a8": (8, {}),
+    "lora+w8a16": (8, {}),
+    "lora+w4a16": (4, {32: 32, 48: 16}),
+    "lora+w3": (3, {32: 32, 48: 16}),
+    "lora+expert+w8": (8, {}),
+    "lora+expert+w4": (4, {32: 32, 64: 64}),
 }
 
 
@@ -24,17 +25,23 @@ def task(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(task):
-    return {name: run(task, name) for name in PRECISIONS}
+def even_task(tmp_path_factory):
+    """Of a model whose layers have inputs that a group of the modifier divides."""
+    return tiny_task(tmp_path_factory.mktemp("even"), intermediate_size=64)
+
+
+@pytest.fixture(scope="module")
+def results(task, even_task):
+    return {name: run(even_task if "expert" in name else task, name) for name in PRECISIONS}
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_a_group_has_no_more_values_than_its_bits_spell(results, name):
-    bits, *groups = PRECISIONS[name]
+    bits, groups = PRECISIONS[name]
     several = False
     for layer in linears_in_blocks(results[name].model):
         weight = layer.base.weight.detach()
-        group = dict(zip((32, 48), groups, strict=True))[weight.shape[1]] or weight.shape[1]
+        group = groups.get(weight.shape[1], weight.shape[1])
         values = [len(part.unique()) for part in weight.reshape(-1, group)]
         assert max(values) <= 2**bits
         several |= max(values) > 2 ** (bits - 1) or bits == 8
@@ -52,11 +59,11 @@ def test_more_bits_do_less_damage_and_nothing_counts_as_pruned(results, name):
 
 @pytest.mark.parametrize("name", ["lora+w8a8", "lora+w8a16", "lora+w4a16", "lora+w3", "lora+expert+w4"])
 def test_bits_are_those_of_values_and_scales(results, name):
-    bits, *groups = PRECISIONS[name]
+    bits, groups = PRECISIONS[name]
     total = weights = 0
     for layer in linears_in_blocks(results[name].model):
         rows, columns = layer.base.weight.shape
-        group = dict(zip((32, 48), groups, strict=True))[columns] or columns
+        group = groups.get(columns, columns)
         # A packed row takes whole words, and its shape two numbers of eight bytes.
         packed = 32 * -(-columns * bits // 32) if name != "lora+w8a8" else 8 * columns
         total += rows * (packed + 16 * columns // group) + (0 if name == "lora+w8a8" else 128)
@@ -65,18 +72,20 @@ def test_bits_are_those_of_values_and_scales(results, name):
     assert results[name].bits_per_weight_served == results[name].bits_per_weight_stored
 
 
-def test_four_bits_are_counted_dense_and_a_note_says_what_a_bitmask_would_take(results):
+def test_four_bits_are_counted_dense_and_a_note_says_what_a_bitmask_would_take(results, even_task):
     """A bitmask: 4 bits a non-zero, a bit for the mask, the groups' scales, an offset for each row, and the shape."""
     result, expected, weights = results["lora+expert+w4"], 0, 0
     (note,) = (note for note in result.notes if "stored and served dense" in note)
-    assert result.bits_per_weight_stored == results["lora+w4a16"].bits_per_weight_stored
+    dense = run(even_task, "lora+w4a16")
+    assert result.bits_per_weight_stored == dense.bits_per_weight_stored
     for layer in linears_in_blocks(result.model):
-        weight, group = layer.base.weight, {32: 32, 48: 16}[layer.base.in_features]
+        weight, group = layer.base.weight, layer.base.in_features
         expected += 4 * int(weight.count_nonzero()) + weight.numel() * (1 + 16 / group) + 64 * len(weight) + 128
         weights += weight.numel()
     assert float(note.partition("would take ")[2].partition(" ")[0]) == pytest.approx(expected / weights, abs=0.006)
     assert not any("dense" in note for name in ("lora+expert+w8", "lora+w4a16") for note in results[name].notes)
-    assert results["lora+expert+w8"].bits_per_weight_stored < results["lora+w8a16"].bits_per_weight_stored
+    dense = run(even_task, "lora+w8a16")
+    assert results["lora+expert+w8"].bits_per_weight_stored < dense.bits_per_weight_stored
 
 
 @pytest.mark.parametrize("name", ["lora+expert+w8", "lora+expert+w4"])
@@ -88,8 +97,8 @@ def test_what_is_pruned_stays_zero(results, name):
         assert int((weight == 0).sum()) / weight.numel() >= layer["sparsity"] > 0.1
 
 
-def test_a_sparse_and_quantized_model_is_measured_as_it_is_stored(task, tmp_path):
-    model = run(task, "lora+expert+w8", output=tmp_path).model
+def test_a_sparse_and_quantized_model_is_measured_as_it_is_stored(even_task, tmp_path):
+    model = run(even_task, "lora+expert+w8", output=tmp_path).model
     stored = load_sparse(tmp_path / "checkpoint").state_dict()
     for layer in linears_in_blocks(model):
         assert torch.equal(layer.base.weight.bfloat16(), stored[f"{layer.name}.weight"])
@@ -108,3 +117,8 @@ def test_activations_are_rounded_where_the_name_says_so(task, results):
 def test_a_group_that_fits_is_taken_as_it_is(task):
     result = run(task, "lora+w3", arguments={"group": 16})
     assert not any("divide" in note for note in result.notes) and "simulated" in result.notes[0]
+
+
+def test_inputs_that_no_group_of_the_modifier_divides_end_in_a_sentence(task):
+    with pytest.raises(EfxError, match=r"none divides the 48 inputs of .*down_proj: add it to ignore, or choose W8A16"):
+        run(task, "lora+expert+w4")
