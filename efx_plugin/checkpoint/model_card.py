@@ -203,7 +203,12 @@ def _quantized(config: Mapping[str, Any]) -> list[str]:
 
 
 def _facts(provenance: Mapping[str, Any]) -> list[str]:
-    names = {"base_model": "Base model", "adapter": "Adapter", "calibration": "Calibration data"}
+    names = {
+        "base_model": "Base model",
+        "adapter": "Adapter",
+        "calibration": "Calibration data",
+        "healing": "Trained on its kept weights",
+    }
     facts = [f"- {label}: {provenance[key]}" for key, label in names.items() if provenance.get(key)]
     return [*facts, ""] if facts else []
 

@@ -17,7 +17,10 @@ from huggingface_hub.repocard import metadata_load
 from efx_plugin.checkpoint.storage import safetensors_file, shards
 from efx_plugin.errors import EfxError, SparseCheckpointError
 
-KEYS = ("base_model", "adapter", "calibration", "figures", "license", "license_name", "license_link", "language")
+KEYS = (
+    *("base_model", "adapter", "calibration", "healing", "figures"),
+    *("license", "license_name", "license_link", "language"),
+)
 
 # What the card of the base model says of itself that holds for whatever is made of it.
 _INHERITED = ("license", "license_name", "license_link", "language")

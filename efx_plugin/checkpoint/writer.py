@@ -58,9 +58,9 @@ def save_sparse(
         companions: files to copy as they are, by name, in place of the tokenizer and the model's generation config.
         recipe: the recipe that pruned the model, a path or its YAML text; saved along as recipe.yaml.
         max_shard_size: bytes, or a size such as "5GB".
-        metadata: for the model card: `base_model`, `adapter` and `calibration` (text), `figures` (name -> value),
-            `license` and `language` as the hub writes them; what is not given is taken from the directory that the
-            model was loaded from.
+        metadata: for the model card: `base_model`, `adapter`, `calibration` and `healing` (text), `figures` (name ->
+            value), `license` and `language` as the hub writes them; what is not given is taken from the directory that
+            the model was loaded from.
         progress: show a progress bar if it takes longer than two seconds.
 
     Raises:

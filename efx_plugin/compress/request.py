@@ -1,4 +1,4 @@
-"""What a user asked `efx prune` for, and what of it can be refused at once: nothing here imports torch."""
+"""What a user asked `efx prune` or `efx heal` for, and what of it can be refused at once. No torch here."""
 
 import difflib
 import re
@@ -50,7 +50,7 @@ class PruneRequest:
     @property
     def dataset_name(self) -> str:
         """The name of the calibration data for the model card; the last part where it is a path."""
-        return self.dataset if is_hub_name(self.dataset) else Path(self.dataset).name
+        return _public(self.dataset)
 
     def checked(self) -> "PruneRequest":
         """The same request, once everything that it names is found on this machine or on the hub.
@@ -66,6 +66,55 @@ class PruneRequest:
             refuse_data_file(Path(self.dataset), "--dataset")
         adapter = None if self.adapter is None else find_directory(self.adapter, "an adapter")
         return replace(self, model=find_directory(self.model, "a model"), adapter=adapter)
+
+
+@dataclass(frozen=True)
+class HealRequest:
+    """Everything that decides what `efx heal` does.
+
+    Attributes:
+        model: directory of a sparse checkpoint with its tokenizer.
+        output: directory to write; it must not exist.
+        dataset, text_field: text of the domain, see `PruneRequest`.
+        tokens: that are trained on, once; a tenth as many more are held out.
+        length: tokens of a sequence.
+        learning_rate: at its peak.
+        batch_size: sequences of a step.
+        seed: of the order of the sequences.
+        progress: show a progress bar while writing.
+    """
+
+    model: Path
+    output: Path
+    dataset: str
+    text_field: str | None = None
+    tokens: int = 60_000
+    length: int = 512
+    learning_rate: float = 2e-4
+    batch_size: int = 2
+    seed: int = 0
+    progress: bool = True
+
+    @property
+    def dataset_name(self) -> str:
+        """See `PruneRequest.dataset_name`."""
+        return _public(self.dataset)
+
+    def checked(self) -> "HealRequest":
+        """The same request, once everything that it names is found on this machine.
+
+        Raises:
+            UsageError: one of the inputs is not there, or is of no kind that can be read.
+            EfxError: the output exists already or cannot be created.
+        """
+        refuse_existing(self.output)
+        if not is_hub_name(self.dataset):
+            refuse_data_file(Path(self.dataset), "--dataset")
+        return replace(self, model=find_directory(self.model, "a sparse model"))
+
+
+def _public(dataset: str) -> str:
+    return dataset if is_hub_name(dataset) else Path(dataset).name
 
 
 def is_hub_name(named: str) -> bool:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from llmcompressor.modifiers import Modifier
-from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from transformers import TrainerCallback
 
 from efx_plugin.engine.blocks import PlannedBlock, plan_blocks
 from efx_plugin.evaluate.pipelines.arguments import take_arguments
@@ -21,9 +21,9 @@ from efx_plugin.evaluate.pipelines.draft import Draft
 from efx_plugin.evaluate.pipelines.one_shot import sparsegpt_modifier, wanda_modifier
 from efx_plugin.evaluate.pipelines.protocol import PipelineResult, PipelineTask
 from efx_plugin.evaluate.pipelines.training import CHOICES, adapt, best_of_rates, train
-from efx_plugin.model.adapters import active_adapters, linear_layers, merge_adapters
-from efx_plugin.model.masked import install_mask, remove_mask
+from efx_plugin.model.adapters import active_adapters, merge_adapters
 from efx_plugin.training import EfficientXpertCallback
+from efx_plugin.training.healing import UnderMasks
 from efx_plugin.training.recorder import Recording
 
 
@@ -52,30 +52,10 @@ def _train_under_mask(task: PipelineTask, path: Path, rate: float) -> Draft:
     draft.network.load_state_dict(torch.load(path))
     masks = {layer.name: layer.base.weight != 0 for layer in draft.targets}
     adapt(draft)
-    train(draft, rate, [_UnderMask(masks)])
+    train(draft, rate, [UnderMasks(masks)])
     device = next(draft.network.parameters()).device  # the Trainer's
     draft.network = merge_adapters(draft.network, {name: keep.to(device) for name, keep in masks.items()})
     return draft
-
-
-class _UnderMask(TrainerCallback):
-    """Training under masks that stay, bool [out, in] by name of the layer."""
-
-    def __init__(self, masks: Mapping[str, Tensor]) -> None:
-        self._masks = masks
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        for layer in linear_layers(kwargs["model"]):
-            if layer.name in self._masks:
-                install_mask(layer, self._masks[layer.name])
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        for layer in linear_layers(kwargs["model"]):
-            remove_mask(layer)
 
 
 def expert(task: PipelineTask) -> PipelineResult:

@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
 from transformers import (
-    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -23,6 +21,7 @@ from transformers import (
 from efx_plugin.errors import EfxError
 from efx_plugin.evaluate.pipelines.draft import Draft
 from efx_plugin.evaluate.pipelines.protocol import PipelineResult, PipelineTask
+from efx_plugin.training.healing import validation_loss
 
 # Arguments of every trained pipeline: the rates to choose from, at their peak, and the sequences of a step.
 CHOICES: dict[str, Any] = {"learning_rates": (3e-4, 1e-3, 3e-3), "batch_size": 4}
@@ -111,18 +110,3 @@ def best_of_rates(task: PipelineTask, make: Callable[[float], Draft], *notes: st
     if len(losses) > 1 and best in (min(losses), max(losses)):
         draft.notes.append("the chosen learning rate is at an end of the range that was tried")
     return draft.finish()
-
-
-@torch.no_grad()
-def validation_loss(model: PreTrainedModel, sequences: Tensor) -> float:
-    """Mean negative log-likelihood of a token, infinite where it is not a number.
-
-    Args:
-        sequences: int64 [n, length] of token ids.
-    """
-    model.eval()
-    total = 0.0
-    for sequence in sequences.to(model.device).split(1):
-        total += float(model(input_ids=sequence, labels=sequence, use_cache=False).loss)
-    mean = total / len(sequences)
-    return mean if math.isfinite(mean) else math.inf

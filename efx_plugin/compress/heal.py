@@ -1,0 +1,123 @@
+"""From a sparse checkpoint to a better one with the same zeros: what `efx heal` runs."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from transformers import AutoTokenizer
+
+from efx_plugin.checkpoint import load_sparse, read_sparsity_config, save_sparse
+from efx_plugin.checkpoint.quantized import of_config
+from efx_plugin.checkpoint.reader import read_config, sizes
+from efx_plugin.checkpoint.storage import shards
+from efx_plugin.compress.calibration import calibration_set
+from efx_plugin.compress.request import HealRequest
+from efx_plugin.errors import EfxError
+from efx_plugin.training.healing import heal
+
+_HELD_OUT = 0.1  # of the training sequences as many more, which say whether healing has helped
+_REQUEST = "request.json"
+
+
+def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
+    """Load, train on the kept weights, check on text that was held out, and store; the output appears only when
+    complete.
+
+    A run that was interrupted goes on where it was, from `OUTPUT.healing`.
+
+    Returns:
+        What `sizes` says of the output, `tokens` that were trained on, and the perplexity of the tokens held out,
+        `before` and `after`.
+
+    Raises:
+        EfxError: the inputs are unfit, or healing has not helped; nothing is written then.
+    """
+    request = request.checked()
+    structure = read_sparsity_config(request.model)["format"]
+    if of_config(read_config(request.model), request.model) is not None:
+        raise EfxError(f"{request.model} is quantized, and integers cannot be trained: heal it before quantization")
+    folder = _working_folder(request)
+    tokenizer = AutoTokenizer.from_pretrained(request.model)
+    model = load_sparse(request.model)
+    embedding: Any = model.get_input_embeddings()
+    count = max(1, request.tokens // request.length)
+    text = calibration_set(
+        request.dataset,
+        tokenizer,
+        samples=count + max(1, round(_HELD_OUT * count)),
+        length=request.length,
+        vocabulary=embedding.weight.shape[0],
+        text_field=request.text_field,
+    )
+    ids = torch.tensor(text["input_ids"])
+    held_out = max(1, round(len(ids) * _HELD_OUT / (1 + _HELD_OUT)))
+    if len(ids) <= held_out:
+        raise EfxError(
+            f"{request.dataset} has text for one sequence of {request.length} tokens, and healing keeps one to check "
+            "itself: pass more text, or a smaller --length"
+        )
+    healed = heal(
+        model,
+        ids[:-held_out],
+        ids[-held_out:],
+        learning_rate=request.learning_rate,
+        batch_size=request.batch_size,
+        folder=folder,
+        seed=request.seed,
+    )
+    save_sparse(
+        model,
+        request.output,
+        structure=structure,
+        companions=shards.companions(request.model),
+        metadata={"healing": f"{healed.tokens:,} tokens from {request.dataset_name}"},
+        progress=request.progress,
+    )
+    shutil.rmtree(folder)
+    return {"output": str(request.output), **sizes(request.output), **asdict(healed)}
+
+
+def _working_folder(request: HealRequest) -> Path:
+    """The folder for checkpoints of this run, which the same request finds again.
+
+    Raises:
+        EfxError: that of another request is in its place.
+    """
+    folder = request.output.with_name(f"{request.output.name}.healing")
+    key = _key(request)
+    if folder.is_dir():
+        if not (folder / _REQUEST).is_file() or json.loads((folder / _REQUEST).read_text()) != key:
+            raise EfxError(
+                f"{folder} is of an interrupted run on other inputs: remove it, or run the same command as then"
+            )
+        logger.info(f"healing goes on from {folder}")
+        return folder
+    folder.mkdir(parents=True)
+    (folder / _REQUEST).write_text(json.dumps(key))
+    return folder
+
+
+def _key(request: HealRequest) -> dict[str, Any]:
+    """What a run depends on: the arguments, and the bytes of the files."""
+    files = sorted(path for path in request.model.iterdir() if path.suffix in (".safetensors", ".json"))
+    dataset = Path(request.dataset)
+    return {
+        "files": {path.name: _hash(path) for path in files},
+        "dataset": _hash(dataset) if dataset.is_file() else request.dataset,
+        "text_field": request.text_field,
+        "tokens": request.tokens,
+        "length": request.length,
+        "learning_rate": request.learning_rate,
+        "batch_size": request.batch_size,
+        "seed": request.seed,
+    }
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,189 @@
+"""Training of a pruned model on its kept weights: what was pruned stays zero, and the domain is learned anew.
+
+Each linear layer that has zeros computes with its masked weight, whose gradient is zero wherever the weight was pruned.
+Its kept weights are trained in float32 and rounded once at the end; all other parameters stay as they are.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from efx_plugin.engine.blocks import linears_in_blocks
+from efx_plugin.engine.compute_dtype import choose_for, computed_in
+from efx_plugin.errors import EfxError
+from efx_plugin.machine import free_memory
+from efx_plugin.model.adapters import LinearLayer, linear_layers
+from efx_plugin.model.masked import install_mask, remove_mask
+
+# Bytes of a trained weight: itself in float32, its gradient, and two averages of AdamW.
+_BYTES = 16
+_CHECKPOINTS = 5  # in a run, besides the end
+
+
+@dataclass(frozen=True)
+class Healed:
+    """What healing did.
+
+    Attributes:
+        tokens: that were trained on.
+        before, after: perplexity of the validation sequences.
+    """
+
+    tokens: int
+    before: float
+    after: float
+
+
+class UnderMasks(TrainerCallback):
+    """Training under masks that stay, bool [out, in] by name of the layer, True where a weight is kept."""
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        self._masks = masks
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for layer in linear_layers(kwargs["model"]):
+            if layer.name in self._masks:
+                install_mask(layer, self._masks[layer.name])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for layer in linear_layers(kwargs["model"]):
+            remove_mask(layer)
+
+
+def heal(
+    model: PreTrainedModel,
+    training: Tensor,
+    validation: Tensor,
+    *,
+    learning_rate: float,
+    batch_size: int,
+    folder: Path,
+    seed: int = 0,
+) -> Healed:
+    """Train the kept weights once over the training sequences, by cross-entropy, in place.
+
+    The rate rises over the first tenth of the steps and falls to zero, both linearly.
+
+    Args:
+        model: a plain causal language model with zeros in its linear layers.
+        training, validation: int64 [n, length] of token ids.
+        learning_rate: at its peak.
+        batch_size: sequences of a step.
+        folder: for checkpoints of the Trainer; a run that finds one there goes on from it, and ends as it would have.
+        seed: of the order of the sequences.
+
+    Raises:
+        EfxError: no linear layer of the decoder blocks has zeros, the memory does not suffice, or the model predicts
+            the validation sequences no better than before.
+    """
+    layers = {layer.name: layer for layer in linears_in_blocks(model)}
+    masks = {name: layer.base.weight.detach() != 0 for name, layer in layers.items()}
+    masks = {name: keep for name, keep in masks.items() if not keep.all()}
+    if not masks:
+        raise EfxError("no linear layer of the decoder blocks has zeros: prune the model first, with efx prune")
+    if torch.accelerator.is_available():
+        inner: nn.Module = model
+        inner.to(torch.accelerator.current_accelerator())
+    with computed_in(model, choose_for(model).dtype):
+        before = validation_loss(model, validation)
+    dtypes = _make_trainable(model, [layers[name] for name in masks])
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=batch_size,
+            num_train_epochs=1,
+            learning_rate=learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=math.ceil(len(training) / batch_size / 10),
+            use_cpu=not torch.accelerator.is_available(),
+            seed=seed,
+            save_strategy="steps",
+            save_steps=math.ceil(len(training) / batch_size / _CHECKPOINTS),
+            save_total_limit=1,
+            logging_strategy="no",
+            report_to="none",
+        ),
+        train_dataset=[{"input_ids": sequence, "labels": sequence} for sequence in training],
+        data_collator=default_data_collator,
+        callbacks=[UnderMasks(masks)],
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    _round(model, dtypes)
+    with computed_in(model, choose_for(model).dtype):
+        after = validation_loss(model, validation)
+    if not after < before:
+        raise EfxError(
+            f"healing took the perplexity on {validation.numel():,} other tokens of the data from "
+            f"{_perplexity(before):.2f} to {_perplexity(after):.2f}: nothing is written; lower --learning-rate, or "
+            "pass more text"
+        )
+    return Healed(training.numel(), _perplexity(before), _perplexity(after))
+
+
+@torch.no_grad()
+def validation_loss(model: PreTrainedModel, sequences: Tensor) -> float:
+    """Mean negative log-likelihood of a token, infinite where it is not a number.
+
+    Args:
+        sequences: int64 [n, length] of token ids.
+    """
+    model.eval()
+    total = 0.0
+    for sequence in sequences.to(model.device).split(1):
+        total += float(model(input_ids=sequence, labels=sequence, use_cache=False).loss)
+    mean = total / len(sequences)
+    return mean if math.isfinite(mean) else math.inf
+
+
+def _make_trainable(model: PreTrainedModel, layers: list[LinearLayer]) -> dict[str, torch.dtype]:
+    """Leave gradients to the weights of those layers alone, in float32; all the others compute in the dtype for this
+    machine. Returns the dtypes that the parameters had."""
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    others, trained = choose_for(model).dtype, {id(layer.base.weight) for layer in layers}
+    count = sum(layer.base.weight.numel() for layer in layers)
+    needed, free = _BYTES * count, free_memory()
+    logger.info(
+        f"healing: {count:,} weights of {len(layers)} layers are trained, zeros counted; with gradients and averages "
+        f"they take {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+    )
+    if needed > free and not torch.accelerator.is_available():
+        raise EfxError(
+            f"training {count:,} weights takes {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free: heal "
+            "on a larger machine, or train adapters with EfficientXpertCallback"
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+        parameter.data = parameter.data.to(torch.float32 if id(parameter) in trained else others)
+    return dtypes
+
+
+def _round(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Give every parameter its dtype back; zeros stay zeros."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(dtypes[name])
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf

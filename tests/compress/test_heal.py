@@ -1,0 +1,126 @@
+"""Healing: what was pruned stays zero, nothing but kept weights changes, and a run that was killed ends the same."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from efx_plugin.checkpoint import load_sparse, read_sparsity_config, save_sparse
+from efx_plugin.checkpoint.reader import sizes
+from efx_plugin.compress.heal import heal_to_checkpoint
+from efx_plugin.compress.request import HealRequest
+from efx_plugin.engine.blocks import linears_in_blocks
+from efx_plugin.errors import EfxError, SparseCheckpointError, UsageError
+from efx_plugin.training import healing
+from tests.support.tiny_llama import tiny_llama, tiny_tokenizer
+
+STRUCTURES = {"sparse-bitmask": (32, 16), "sparse-24-bitmask": (4, 2)}  # of so many weights so many are kept
+
+
+def save_expert(directory, structure="sparse-bitmask"):
+    """A tiny model that knows nothing, pruned by magnitude but for its first layer."""
+    model = tiny_llama().to(torch.bfloat16)
+    window, kept = STRUCTURES[structure]
+    for layer in linears_in_blocks(model)[1:]:
+        windows = layer.base.weight.data.view(-1, window)
+        windows.scatter_(1, windows.abs().topk(window - kept, largest=False).indices, 0)
+    save_sparse(model, directory, structure=structure, tokenizer=tiny_tokenizer(), progress=False)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def request_to_heal(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("heal")
+    save_expert(folder / "expert")
+    counting = [" ".join(f"t{3 + (first + step) % 125}" for step in range(40)) for first in range(60)]
+    (folder / "domain.txt").write_text("\n".join(counting))
+    return HealRequest(
+        folder / "expert",
+        folder / "healed",
+        str(folder / "domain.txt"),
+        tokens=1280,
+        length=32,
+        learning_rate=3e-3,
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def report(request_to_heal):
+    return heal_to_checkpoint(request_to_heal)
+
+
+def test_zeros_stay_and_nothing_else_but_kept_weights_changes(request_to_heal, report):
+    before, after = (load_sparse(path).state_dict() for path in (request_to_heal.model, request_to_heal.output))
+    sparse = {name for name, weight in before.items() if "proj" in name and (weight == 0).any()}
+    assert len(sparse) == 13 and before.keys() == after.keys()
+    for name, weight in before.items():
+        assert after[name].dtype == weight.dtype
+        if name in sparse:
+            assert not after[name][weight == 0].any() and not torch.equal(after[name], weight)
+        else:
+            assert torch.equal(after[name], weight)
+
+
+def test_the_text_held_out_is_predicted_better_and_the_report_says_so(request_to_heal, report):
+    assert report["after"] < 0.9 * report["before"] and report["tokens"] == 1280
+    assert report["sparsity"] == sizes(request_to_heal.model)["sparsity"] > 0.4
+    assert not request_to_heal.output.with_name("healed.healing").exists()
+    assert (request_to_heal.output / "tokenizer.json").is_file()
+    provenance = json.loads((request_to_heal.output / "provenance.json").read_text())
+    assert provenance["healing"] == "1,280 tokens from domain.txt"
+    assert "Trained on its kept weights: 1,280 tokens" in (request_to_heal.output / "README.md").read_text()
+
+
+def test_a_run_that_was_interrupted_ends_with_the_same_weights(request_to_heal, report, monkeypatch):
+    class Interrupted(healing.UnderMasks):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 11:
+                raise KeyboardInterrupt
+
+    again = replace(request_to_heal, output=request_to_heal.output.with_name("again"))
+    with monkeypatch.context() as patch:
+        patch.setattr(healing, "UnderMasks", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            heal_to_checkpoint(again)
+    assert not again.output.exists() and list(again.output.with_name("again.healing").glob("checkpoint-*"))
+    with pytest.raises(EfxError, match=r"again.healing is of an interrupted run on other inputs: remove it, or run"):
+        heal_to_checkpoint(replace(again, tokens=640))
+    resumed = heal_to_checkpoint(again)
+    assert (resumed["before"], resumed["after"]) == (report["before"], report["after"])
+    weights, expected = (load_sparse(path).state_dict() for path in (again.output, request_to_heal.output))
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
+
+
+def test_the_structure_stays(request_to_heal, tmp_path):
+    expert = save_expert(tmp_path / "expert", "sparse-24-bitmask")
+    heal_to_checkpoint(replace(request_to_heal, model=expert, output=tmp_path / "healed"))
+    assert read_sparsity_config(tmp_path / "healed")["format"] == "sparse-24-bitmask"
+
+
+def test_what_does_not_help_is_not_written(request_to_heal, tmp_path):
+    output = tmp_path / "healed"
+    with pytest.raises(EfxError, match="nothing is written; lower --learning-rate, or pass more text"):
+        heal_to_checkpoint(replace(request_to_heal, output=output, learning_rate=0.0))
+    assert not output.exists()
+
+
+def test_what_cannot_be_healed_ends_in_a_sentence(request_to_heal, tmp_path):
+    request = replace(request_to_heal, output=tmp_path / "healed")
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    with pytest.raises(SparseCheckpointError, match="dense"):
+        heal_to_checkpoint(replace(request, model=tmp_path / "dense"))
+    with pytest.raises(UsageError, match="there is no directory none: pass the directory of a sparse model"):
+        heal_to_checkpoint(replace(request, model=Path("none")))
+    (tmp_path / "line.txt").write_text("t3 t4 t5 " * 12)
+    with pytest.raises(EfxError, match="text for one sequence of 32 tokens, and healing keeps one to check itself"):
+        heal_to_checkpoint(replace(request, dataset=str(tmp_path / "line.txt")))
+    assert not request.output.exists()
+
+
+def test_a_model_without_zeros_is_refused(tmp_path):
+    ids = torch.arange(3, 67).view(2, 32)
+    with pytest.raises(EfxError, match="no linear layer of the decoder blocks has zeros: prune the model first"):
+        healing.heal(tiny_llama(), ids, ids, learning_rate=1e-3, batch_size=1, folder=tmp_path)
