@@ -70,6 +70,12 @@ def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
         folder=folder,
         seed=request.seed,
     )
+    if not healed.after < healed.before:
+        shutil.rmtree(folder)
+        raise EfxError(
+            f"healing took the perplexity on {held_out * request.length:,} other tokens of {request.dataset} from "
+            f"{healed.before:.2f} to {healed.after:.2f}: nothing is written; lower --learning-rate, or pass more text"
+        )
     save_sparse(
         model,
         request.output,
