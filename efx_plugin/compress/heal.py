@@ -15,12 +15,14 @@ from efx_plugin.checkpoint import load_sparse, read_sparsity_config, save_sparse
 from efx_plugin.checkpoint.quantized import of_config
 from efx_plugin.checkpoint.reader import read_config, sizes
 from efx_plugin.checkpoint.storage import shards
+from efx_plugin.checkpoint.storage.atomic import refuse_full
 from efx_plugin.compress.calibration import calibration_set
 from efx_plugin.compress.request import HealRequest
 from efx_plugin.errors import EfxError
 from efx_plugin.training.healing import heal
 
 _HELD_OUT = 0.1  # of the training sequences as many more, which say whether healing has helped
+_BYTES = 12  # of a weight in a checkpoint: itself in float32, and two averages of AdamW
 _REQUEST = "request.json"
 
 
@@ -41,9 +43,13 @@ def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
     structure = read_sparsity_config(request.model)["format"]
     if of_config(read_config(request.model), request.model) is not None:
         raise EfxError(f"{request.model} is quantized, and integers cannot be trained: heal it before quantization")
-    folder = _working_folder(request)
     tokenizer = AutoTokenizer.from_pretrained(request.model)
     model = load_sparse(request.model)
+    if not model.can_generate():
+        raise EfxError(
+            f"{request.model} holds a {type(model).__name__}, and healing trains language models to predict text: "
+            "prune the model that it was made of, heal that, and train the head anew"
+        )
     embedding: Any = model.get_input_embeddings()
     count = max(1, request.tokens // request.length)
     text = calibration_set(
@@ -61,6 +67,8 @@ def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
             f"{request.dataset} has text for one sequence of {request.length} tokens, and healing keeps one to check "
             "itself: pass more text, or a smaller --length"
         )
+    folder = _working_folder(request)
+    refuse_full(folder, 2 * _BYTES * model.num_parameters())  # the last checkpoint goes when the next is complete
     healed = heal(
         model,
         ids[:-held_out],

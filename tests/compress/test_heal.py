@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForSequenceClassification
 
 from efx_plugin.checkpoint import load_sparse, read_sparsity_config, save_sparse
 from efx_plugin.checkpoint.reader import sizes
@@ -19,9 +20,9 @@ from tests.support.tiny_llama import tiny_llama, tiny_tokenizer
 STRUCTURES = {"sparse-bitmask": (32, 16), "sparse-24-bitmask": (4, 2)}  # of so many weights so many are kept
 
 
-def save_expert(directory, structure="sparse-bitmask"):
-    """A tiny model that knows nothing, pruned by magnitude but for its first layer."""
-    model = tiny_llama().to(torch.bfloat16)
+def save_expert(directory, structure="sparse-bitmask", model=None):
+    """A tiny model, without one a Llama that knows nothing, pruned by magnitude but for its first layer."""
+    model = (model or tiny_llama()).to(torch.bfloat16)
     window, kept = STRUCTURES[structure]
     for layer in linears_in_blocks(model)[1:]:
         windows = layer.base.weight.data.view(-1, window)
@@ -114,6 +115,10 @@ def test_what_cannot_be_healed_ends_in_a_sentence(request_to_heal, tmp_path):
         heal_to_checkpoint(replace(request, model=tmp_path / "dense"))
     with pytest.raises(UsageError, match="there is no directory none: pass the directory of a sparse model"):
         heal_to_checkpoint(replace(request, model=Path("none")))
+    classifier = LlamaForSequenceClassification(tiny_llama().config)
+    save_expert(tmp_path / "classifier", model=classifier)
+    with pytest.raises(EfxError, match="holds a LlamaForSequenceClassification, and healing trains language models"):
+        heal_to_checkpoint(replace(request, model=tmp_path / "classifier"))
     (tmp_path / "line.txt").write_text("t3 t4 t5 " * 12)
     with pytest.raises(EfxError, match="text for one sequence of 32 tokens, and healing keeps one to check itself"):
         heal_to_checkpoint(replace(request, dataset=str(tmp_path / "line.txt")))
