@@ -88,8 +88,8 @@ def run_grid(
         finally:
             outcomes.close()
     findings, masks = list[Finding](), list[DomainFinding]()
-    for key, result in found.items():
-        cell = wanted[key]
+    for key, cell in wanted.items():  # in the order that was asked for, whatever ended first
+        result = found.get(key)
         if isinstance(cell, Cell) and isinstance(result, CellResult):
             findings.append(Finding(cell, result, cache / f"{key}.npz"))
         elif isinstance(cell, DomainCell) and isinstance(result, DomainResult):

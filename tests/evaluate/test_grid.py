@@ -48,8 +48,9 @@ def main(request, result, kept):
         time.sleep(600)
     if cell.seed == 1 and "HANG" in os.environ:
         time.sleep(600)
-    while cell.seed == 0 and "TOGETHER" in os.environ and len((result.parent / "calls").read_text().splitlines()) < 2:
+    while cell.seed == 0 and "TOGETHER" in os.environ and not list(result.parent.glob("*.npz")):
         time.sleep(0.02)
+    result.with_suffix(".npz").touch()
     losses = {"law": CorpusLosses([3.0 + cell.seed], [2])}
     found = CellResult(losses, {}, 0, 16, 16, [], [], 1, 1, 1, 0, "float32", "a CPU")
     write_atomically(result, json.dumps({"cell": cell.as_json(), "result": found.as_json()}).encode())
@@ -152,7 +153,7 @@ def test_an_interrupt_from_the_keyboard_ends_in_a_sentence(cells, tmp_path, monk
 def test_cells_run_beside_each_other_and_share_the_processors(cells, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    monkeypatch.setenv("TOGETHER", "1")  # the first waits for the second
+    monkeypatch.setenv("TOGETHER", "1")  # the first ends after the second
     report = run_grid(cells, tmp_path / "cache", progress=False, jobs=2)
     assert [row["seed"] for row in report.rows] == [0, 1, 2] and not report.failures
     assert {line.split()[2] for line in (tmp_path / "cache" / "calls").read_text().splitlines()} == {"3"}
