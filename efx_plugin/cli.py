@@ -179,6 +179,11 @@ def heal(
     model: Annotated[Path, typer.Argument(help="Directory of a sparse model, as `efx prune` writes it.")],
     output: Annotated[Path, typer.Argument(help="Directory to write; must not exist yet.")],
     dataset: Annotated[str, typer.Option(metavar="FILE|NAME", help="Text of the domain, as `efx prune` takes it.")],
+    teacher: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the dense expert, or of the base model with --adapter: to learn from it too."),
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter that makes the teacher an expert.")] = None,
     text_field: Annotated[str | None, typer.Option(help="The field of the data that holds the text.")] = None,
     tokens: Annotated[
         int, typer.Option(help="Tokens to train on, once; a tenth as many more are held out as a check.", min=2)
@@ -197,7 +202,7 @@ def heal(
     The same command goes on with a run that was interrupted. Nothing is written where the text held out is predicted no
     better than before.
 
-    Example: efx heal ./expert ./healed --dataset legal.jsonl
+    Example: efx heal ./expert ./healed --dataset legal.jsonl --teacher ./SmolLM2 --adapter ./legal-lora
     """
     request = HealRequest(
         model,
@@ -209,6 +214,8 @@ def heal(
         learning_rate=learning_rate,
         batch_size=batch_size,
         seed=seed,
+        teacher=teacher,
+        adapter=adapter,
         progress=not quiet,
     )
     request = request.checked()

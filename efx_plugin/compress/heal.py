@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from loguru import logger
-from transformers import AutoTokenizer
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from efx_plugin.checkpoint import load_sparse, read_sparsity_config, save_sparse
 from efx_plugin.checkpoint.quantized import of_config
@@ -19,6 +20,8 @@ from efx_plugin.checkpoint.storage.atomic import refuse_full
 from efx_plugin.compress.calibration import calibration_set
 from efx_plugin.compress.request import HealRequest
 from efx_plugin.errors import EfxError
+from efx_plugin.model.adapters import merge_adapters
+from efx_plugin.model.loading import inspect_sources
 from efx_plugin.training.healing import heal
 
 _HELD_OUT = 0.1  # of the training sequences as many more, which say whether healing has helped
@@ -67,6 +70,7 @@ def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
             f"{request.dataset} has text for one sequence of {request.length} tokens, and healing keeps one to check "
             "itself: pass more text, or a smaller --length"
         )
+    teacher = None if request.teacher is None else _teacher(request.teacher, request.adapter, model)
     folder = _working_folder(request)
     refuse_full(folder, 2 * _BYTES * model.num_parameters())  # the last checkpoint goes when the next is complete
     healed = heal(
@@ -77,6 +81,7 @@ def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
         batch_size=request.batch_size,
         folder=folder,
         seed=request.seed,
+        teacher=teacher,
     )
     if not healed.after < healed.before:
         shutil.rmtree(folder)
@@ -94,6 +99,25 @@ def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
     )
     shutil.rmtree(folder)
     return {"output": str(request.output), **sizes(request.output), **asdict(healed)}
+
+
+def _teacher(directory: Path, adapter: Path | None, model: PreTrainedModel) -> PreTrainedModel:
+    """The dense expert.
+
+    Raises:
+        EfxError: it cannot be loaded, or has another vocabulary than the model.
+    """
+    teacher: Any = inspect_sources(directory, adapter).load()
+    if isinstance(teacher, PeftModel):
+        teacher = merge_adapters(teacher)
+    embeddings: list[Any] = [one.get_input_embeddings() for one in (teacher, model)]
+    sizes = [embedding.weight.shape[0] for embedding in embeddings]
+    if sizes[0] != sizes[1]:
+        raise EfxError(
+            f"the teacher {directory} has {sizes[0]} tokens and the sparse model {sizes[1]}: pass the dense expert "
+            "that it was pruned from"
+        )
+    return teacher  # type: ignore[no-any-return]
 
 
 def _working_folder(request: HealRequest) -> Path:
@@ -118,10 +142,11 @@ def _working_folder(request: HealRequest) -> Path:
 
 def _key(request: HealRequest) -> dict[str, Any]:
     """What a run depends on: the arguments, and the bytes of the files."""
-    files = sorted(path for path in request.model.iterdir() if path.suffix in (".safetensors", ".json"))
     dataset = Path(request.dataset)
     return {
-        "files": {path.name: _hash(path) for path in files},
+        "model": _hashes(request.model),
+        "teacher": _hashes(request.teacher),
+        "adapter": _hashes(request.adapter),
         "dataset": _hash(dataset) if dataset.is_file() else request.dataset,
         "text_field": request.text_field,
         "tokens": request.tokens,
@@ -130,6 +155,11 @@ def _key(request: HealRequest) -> dict[str, Any]:
         "batch_size": request.batch_size,
         "seed": request.seed,
     }
+
+
+def _hashes(folder: Path | None) -> dict[str, str]:
+    files = [] if folder is None else sorted(folder.iterdir())
+    return {path.name: _hash(path) for path in files if path.suffix in (".safetensors", ".json")}
 
 
 def _hash(path: Path) -> str:

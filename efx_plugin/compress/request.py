@@ -81,6 +81,8 @@ class HealRequest:
         learning_rate: at its peak.
         batch_size: sequences of a step.
         seed: of the order of the sequences.
+        teacher: directory of the dense expert, or of the model that `adapter` makes one; None for text alone.
+        adapter: directory of a LoRA adapter for the teacher; None for none.
         progress: show a progress bar while writing.
     """
 
@@ -93,6 +95,8 @@ class HealRequest:
     learning_rate: float = 2e-4
     batch_size: int = 2
     seed: int = 0
+    teacher: Path | None = None
+    adapter: Path | None = None
     progress: bool = True
 
     @property
@@ -110,7 +114,16 @@ class HealRequest:
         refuse_existing(self.output)
         if not is_hub_name(self.dataset):
             refuse_data_file(Path(self.dataset), "--dataset")
-        return replace(self, model=find_directory(self.model, "a sparse model"))
+        if self.adapter is not None and self.teacher is None:
+            raise UsageError(
+                "--adapter makes an expert of the teacher: pass --teacher, the model it was trained on, too"
+            )
+        return replace(
+            self,
+            model=find_directory(self.model, "a sparse model"),
+            teacher=None if self.teacher is None else find_directory(self.teacher, "a model"),
+            adapter=None if self.adapter is None else find_directory(self.adapter, "an adapter"),
+        )
 
 
 def _public(dataset: str) -> str:

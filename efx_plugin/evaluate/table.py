@@ -7,12 +7,13 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from efx_plugin.evaluate.domains import halves_and_domains
 from efx_plugin.evaluate.report import Figures, Line, Report
 
-_WIDTH = 140
+_WIDTHS = 80, 1000  # of what is printed, at least and at most
 _NAMED = 3  # lines before a note
 
 
@@ -96,15 +97,18 @@ def _cross_table(found: dict[str, Any]) -> TextTable:
 
 
 def show(report: Report) -> None:
-    """Print the tables to stdout; where that is no terminal, as wide as they need to be."""
+    """Print the tables to stdout, as wide as they need to be: a figure that is cut off says nothing."""
     console = Console()
-    console.width = console.width if console.is_terminal else max(console.width, _WIDTH)
+    least, most = _WIDTHS
+    console.width = max(console.width, least)
     for table in [*tables(report, every_corpus=False), *domain_tables(report)]:
         shown = Table(title=table.title, box=box.SIMPLE_HEAD, pad_edge=False)
         for number, name in enumerate(table.header):
             shown.add_column(name.replace("/", "\n"), justify="left" if number < 2 else "right", no_wrap=number == 0)
         for row, ours in zip(table.rows, table.ours, strict=True):
             shown.add_row(*row, style="bold" if ours else None)
+        needed = Measurement.get(console, console.options.update(width=most), shown).maximum
+        console.width = max(console.width, needed)
         console.print(shown)
         for note in table.notes:
             console.print(note, highlight=False, markup=False)

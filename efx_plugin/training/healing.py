@@ -2,6 +2,9 @@
 
 Each linear layer that has zeros computes with its masked weight, whose gradient is zero wherever the weight was pruned.
 Its kept weights are trained in float32 and rounded once at the end; all other parameters stay as they are.
+
+The loss is the cross-entropy of the text; with a teacher, the dense expert, half of it is the Kullback-Leibler
+divergence of the model's next-token distribution from the teacher's.
 """
 
 import math
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from loguru import logger
 from torch import Tensor, nn
 from transformers import (
@@ -25,7 +29,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from efx_plugin.engine.blocks import linears_in_blocks
-from efx_plugin.engine.compute_dtype import choose_for, computed_in
+from efx_plugin.engine.compute_dtype import choose_for, computed_in, convert
 from efx_plugin.errors import EfxError
 from efx_plugin.machine import free_memory
 from efx_plugin.model.adapters import LinearLayer, linear_layers
@@ -34,6 +38,7 @@ from efx_plugin.model.masked import install_mask, remove_mask
 # Bytes of a trained weight: itself in float32, its gradient, and two averages of AdamW.
 _BYTES = 16
 _CHECKPOINTS = 5  # in a run, besides the end
+_TEACHING = 0.5  # the teacher's part in the loss
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,9 @@ def heal(
     batch_size: int,
     folder: Path,
     seed: int = 0,
+    teacher: PreTrainedModel | None = None,
 ) -> Healed:
-    """Train the kept weights once over the training sequences, by cross-entropy, in place.
+    """Train the kept weights once over the training sequences, in place.
 
     The rate rises over the first tenth of the steps and falls to zero, both linearly.
 
@@ -91,6 +97,7 @@ def heal(
         batch_size: sequences of a step.
         folder: for checkpoints of the Trainer; a run that finds one there goes on from it, and ends as it would have.
         seed: of the order of the sequences.
+        teacher: a plain model with the same vocabulary; it stays as it is.
 
     Raises:
         EfxError: no linear layer of the decoder blocks has zeros, or the memory does not suffice.
@@ -106,7 +113,8 @@ def heal(
     with computed_in(model, choose_for(model).dtype):
         before = validation_loss(model, validation)
     dtypes = _make_trainable(model, [layers[name] for name in masks])
-    trainer = Trainer(
+    trainer = _Trainer(
+        teacher,
         model=model,
         args=TrainingArguments(
             output_dir=str(folder),
@@ -132,6 +140,37 @@ def heal(
     with computed_in(model, choose_for(model).dtype):
         after = validation_loss(model, validation)
     return Healed(training.numel(), _perplexity(before), _perplexity(after))
+
+
+class _Trainer(Trainer):
+    def __init__(self, teacher: PreTrainedModel | None, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._teacher: nn.Module | None = teacher
+        if teacher is not None:
+            inner: nn.Module = teacher
+            convert(inner.to(self.args.device).eval(), choose_for(inner).dtype)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:  # what the Trainer's own returns
+        found: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = found
+        if self._teacher is None:
+            return found if return_outputs else loss
+        with torch.no_grad():
+            wanted = self._teacher(input_ids=inputs["input_ids"], use_cache=False).logits
+        divergence = torch.zeros((), device=loss.device)
+        for ours, theirs in zip(outputs.logits, wanted, strict=True):  # one at a time: float32 logits are large
+            divergence = divergence + F.kl_div(
+                ours[:-1].float().log_softmax(-1), theirs[:-1].float().log_softmax(-1), reduction="sum", log_target=True
+            )
+        tokens = wanted.shape[0] * (wanted.shape[1] - 1)
+        loss = (1 - _TEACHING) * loss + _TEACHING * divergence / tokens
+        return (loss, outputs) if return_outputs else loss
 
 
 @torch.no_grad()

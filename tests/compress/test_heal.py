@@ -15,7 +15,7 @@ from efx_plugin.compress.request import HealRequest
 from efx_plugin.engine.blocks import linears_in_blocks
 from efx_plugin.errors import EfxError, SparseCheckpointError, UsageError
 from efx_plugin.training import healing
-from tests.support.tiny_llama import tiny_llama, tiny_tokenizer
+from tests.support.tiny_llama import save_tiny_llama, tiny_llama, tiny_tokenizer
 
 STRUCTURES = {"sparse-bitmask": (32, 16), "sparse-24-bitmask": (4, 2)}  # of so many weights so many are kept
 
@@ -93,6 +93,33 @@ def test_a_run_that_was_interrupted_ends_with_the_same_weights(request_to_heal, 
     assert (resumed["before"], resumed["after"]) == (report["before"], report["after"])
     weights, expected = (load_sparse(path).state_dict() for path in (again.output, request_to_heal.output))
     assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
+
+
+def test_a_teacher_draws_the_model_to_what_it_predicts(request_to_heal, report, tmp_path):
+    teacher = tiny_llama()
+    with torch.no_grad():
+        for weight in teacher.parameters():
+            weight *= 1.5
+    teacher.save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    taught = replace(request_to_heal, output=tmp_path / "taught", teacher=tmp_path / "teacher")
+    heal_to_checkpoint(taught)
+    ids = torch.arange(3, 67).view(2, 32)
+
+    def distance(path):
+        with torch.no_grad():
+            ours, wanted = (model(ids).logits.float().log_softmax(-1) for model in (load_sparse(path), teacher))
+        return float(torch.nn.functional.kl_div(ours, wanted, log_target=True, reduction="batchmean"))
+
+    assert distance(taught.output) < 0.9 * distance(request_to_heal.output)
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(request_to_heal, tmp_path):
+    save_tiny_llama(tmp_path / "teacher", vocab_size=140)
+    with pytest.raises(EfxError, match="has 140 tokens and the sparse model 128: pass the dense expert that it was"):
+        heal_to_checkpoint(replace(request_to_heal, output=tmp_path / "taught", teacher=tmp_path / "teacher"))
+    with pytest.raises(UsageError, match="--adapter makes an expert of the teacher: pass --teacher"):
+        heal_to_checkpoint(replace(request_to_heal, output=tmp_path / "taught", adapter=tmp_path / "teacher"))
 
 
 def test_the_structure_stays(request_to_heal, tmp_path):

@@ -51,6 +51,13 @@ def test_groups_are_lines_and_rivals_by_name():
     assert table.rows[-1][table.header.index("to best rival")].endswith("lora+w3 g32")
 
 
+def test_a_narrow_terminal_gets_every_figure(monkeypatch):
+    output = io.StringIO()
+    monkeypatch.setattr(module, "Console", lambda: Console(file=output, width=60, force_terminal=True))
+    show(build(some_findings(), []))
+    assert "lora+expert+w8" in output.getvalue() and "…" not in output.getvalue()
+
+
 def test_a_pipe_gets_the_table_whole(monkeypatch):
     output = io.StringIO()
     monkeypatch.setattr(module, "Console", lambda: Console(file=output))
