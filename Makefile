@@ -11,8 +11,9 @@ demo: .venv/ready .venv-serve/ready
 	.venv/bin/python -m integration.assets
 	.venv/bin/python -m integration.demo
 
-# The domain benchmark, quick mode: every pipeline at 50 % on SmolLM2, legal and health text. COMPARE=--full runs both models,
-# three seeds and all sparsities, over many sittings; interrupted, either goes on. Writes build/compare/report.json and .html.
+# The domain benchmark, quick mode: every pipeline at 50 % on SmolLM2, legal and health text, an hour and a half on two
+# cores. COMPARE=--full runs both models, three seeds and all sparsities, over many sittings; interrupted, either goes on.
+# Writes build/compare/report.json and .html.
 compare: .venv/ready
 	.venv/bin/python -m integration.compare $(COMPARE)
 

@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pipelines", nargs="+", choices=PIPELINES, default=list(PIPELINES), help="these only")
     parser.add_argument("--sparsity", nargs="+", help="these only")
     parser.add_argument("--seeds", type=int, help="so many only")
-    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, of 2 GB of memory each")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, of up to 4 GB of memory each")
     given = parser.parse_args(arguments)
     budget = FULL if given.full else QUICK
     budget = replace(
