@@ -3,7 +3,6 @@
 They train on the same tokens, once over them, and each chooses its learning rate from the same ones; see `training`.
 """
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -15,18 +14,16 @@ from llmcompressor.modifiers import Modifier
 from torch import nn
 from transformers import TrainerCallback
 
-from efx_plugin.compress.request import HealRequest
 from efx_plugin.engine.blocks import PlannedBlock, plan_blocks
-from efx_plugin.errors import EfxError
 from efx_plugin.evaluate.pipelines.arguments import take_arguments
 from efx_plugin.evaluate.pipelines.as_released import AsReleased
 from efx_plugin.evaluate.pipelines.draft import Draft
-from efx_plugin.evaluate.pipelines.one_shot import expert_modifier, sparsegpt_modifier, wanda_modifier
+from efx_plugin.evaluate.pipelines.one_shot import sparsegpt_modifier, wanda_modifier
 from efx_plugin.evaluate.pipelines.protocol import PipelineResult, PipelineTask
 from efx_plugin.evaluate.pipelines.training import CHOICES, adapt, best_of_rates, train
 from efx_plugin.model.adapters import active_adapters, merge_adapters
 from efx_plugin.training import EfficientXpertCallback
-from efx_plugin.training.healing import UnderMasks, heal
+from efx_plugin.training.healing import UnderMasks
 from efx_plugin.training.recorder import Recording
 
 
@@ -65,43 +62,6 @@ def expert(task: PipelineTask) -> PipelineResult:
     """EfficientXpertCallback, whose arguments it takes."""
     own = {name: value for name, value in task.arguments.items() if name not in CHOICES}
     return _train_with(task, lambda draft: _OnCalibrationSet(draft, own))
-
-
-def expert_heal(task: PipelineTask) -> PipelineResult:
-    """LoRA on the first half of the tokens, EfficientXpertModifier, and its kept weights trained on the second half,
-    as `efx heal` does it; takes `healing_rate`, the learning rate of the second half.
-    """
-    arguments = take_arguments(task, **CHOICES, healing_rate=HealRequest.learning_rate)
-    half = len(task.training) // 2
-    if not half:
-        raise EfxError("half of the training text is for an adapter and half for its repair: pass more tokens")
-    first: Any = task.training[:half]
-
-    path, folder = task.output / "pruned.pt", task.output / "healing"
-
-    def make(rate: float) -> Draft:
-        pruned = Draft.load(replace(task, training=first), adapted=False)
-        adapt(pruned)
-        train(pruned, rate)
-        pruned.calibrate(expert_modifier(replace(pruned, task=replace(task, arguments={}))))
-        torch.save(pruned.merge().state_dict(), path)
-        del pruned
-        draft = Draft.load(task, adapted=False)  # without what llm-compressor has wrapped around each module
-        draft.network.load_state_dict(torch.load(path))
-        heal(
-            draft.merge(),
-            task.training[half:],
-            task.validation,
-            learning_rate=arguments["healing_rate"],
-            batch_size=arguments["batch_size"],
-            folder=folder,
-            seed=task.seed,
-        )
-        shutil.rmtree(folder)
-        return draft
-
-    note = f"an adapter learns from the first {half} sequences, what is kept of the merged weights from the others"
-    return best_of_rates(task, make, note)
 
 
 def published(task: PipelineTask) -> PipelineResult:
