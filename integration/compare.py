@@ -19,9 +19,10 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from efx_plugin.checkpoint.storage.hashes import file_hash
 from efx_plugin.compress.calibration import sequences, start_of_text, tokens_of
 from efx_plugin.compress.documents import Document
-from efx_plugin.evaluate.cell import Cell, Data, file_hash
+from efx_plugin.evaluate.cell import Cell, Data
 from efx_plugin.evaluate.data import Corpus, write_atomically, write_data
 from efx_plugin.evaluate.domains import Domain, DomainCell
 from efx_plugin.evaluate.grid import run_grid

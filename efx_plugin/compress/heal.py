@@ -1,6 +1,5 @@
 """From a sparse checkpoint to a better one with the same zeros: what `efx heal` runs."""
 
-import hashlib
 import json
 import shutil
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from efx_plugin.checkpoint.quantized import of_config
 from efx_plugin.checkpoint.reader import read_config, sizes
 from efx_plugin.checkpoint.storage import shards
 from efx_plugin.checkpoint.storage.atomic import refuse_full
+from efx_plugin.checkpoint.storage.hashes import directory_hash, file_hash
 from efx_plugin.compress.calibration import calibration_set
 from efx_plugin.compress.request import HealRequest
 from efx_plugin.errors import EfxError
@@ -71,8 +71,8 @@ def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
             "itself: pass more text, or a smaller --length"
         )
     teacher = None if request.teacher is None else _teacher(request.teacher, request.adapter, model)
+    refuse_full(request.output, 2 * _BYTES * model.num_parameters())  # the last goes when the next is complete
     folder = _working_folder(request)
-    refuse_full(folder, 2 * _BYTES * model.num_parameters())  # the last checkpoint goes when the next is complete
     healed = heal(
         model,
         ids[:-held_out],
@@ -144,10 +144,10 @@ def _key(request: HealRequest) -> dict[str, Any]:
     """What a run depends on: the arguments, and the bytes of the files."""
     dataset = Path(request.dataset)
     return {
-        "model": _hashes(request.model),
-        "teacher": _hashes(request.teacher),
-        "adapter": _hashes(request.adapter),
-        "dataset": _hash(dataset) if dataset.is_file() else request.dataset,
+        "model": directory_hash(request.model),
+        "teacher": request.teacher and directory_hash(request.teacher),
+        "adapter": request.adapter and directory_hash(request.adapter),
+        "dataset": file_hash(dataset) if dataset.is_file() else request.dataset,
         "text_field": request.text_field,
         "tokens": request.tokens,
         "length": request.length,
@@ -155,13 +155,3 @@ def _key(request: HealRequest) -> dict[str, Any]:
         "batch_size": request.batch_size,
         "seed": request.seed,
     }
-
-
-def _hashes(folder: Path | None) -> dict[str, str]:
-    files = [] if folder is None else sorted(folder.iterdir())
-    return {path.name: _hash(path) for path in files if path.suffix in (".safetensors", ".json")}
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

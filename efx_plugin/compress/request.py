@@ -61,9 +61,7 @@ class PruneRequest:
             UsageError: one of the inputs is not there, or is of no kind that can be read.
             EfxError: the output exists already or cannot be created.
         """
-        refuse_existing(self.output)
-        if not is_hub_name(self.dataset):
-            refuse_data_file(Path(self.dataset), "--dataset")
+        _refuse(self.output, self.dataset)
         adapter = None if self.adapter is None else find_directory(self.adapter, "an adapter")
         return replace(self, model=find_directory(self.model, "a model"), adapter=adapter)
 
@@ -111,9 +109,7 @@ class HealRequest:
             UsageError: one of the inputs is not there, or is of no kind that can be read.
             EfxError: the output exists already or cannot be created.
         """
-        refuse_existing(self.output)
-        if not is_hub_name(self.dataset):
-            refuse_data_file(Path(self.dataset), "--dataset")
+        _refuse(self.output, self.dataset)
         if self.adapter is not None and self.teacher is None:
             raise UsageError(
                 "--adapter makes an expert of the teacher: pass --teacher, the model it was trained on, too"
@@ -124,6 +120,13 @@ class HealRequest:
             teacher=None if self.teacher is None else find_directory(self.teacher, "a model"),
             adapter=None if self.adapter is None else find_directory(self.adapter, "an adapter"),
         )
+
+
+def _refuse(output: Path, dataset: str) -> None:
+    """Refuse an output that exists or cannot be made, and a data file that is not there or cannot be read."""
+    refuse_existing(output)
+    if not is_hub_name(dataset):
+        refuse_data_file(Path(dataset), "--dataset")
 
 
 def _public(dataset: str) -> str:

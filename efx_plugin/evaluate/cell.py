@@ -8,11 +8,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from efx_plugin.checkpoint.storage.hashes import directory_hash, file_hash
 from efx_plugin.evaluate.pipelines.registry import PIPELINES
 
 # Distributions whose release may change a result.
@@ -270,21 +270,3 @@ def source_hash() -> str:
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes; read once as long as the file does not change."""
-    status = path.stat()
-    return _hash(path, status.st_size, status.st_mtime_ns)
-
-
-@cache
-def _hash(path: Path, _size: int, _changed: int) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def directory_hash(directory: Path) -> dict[str, str]:
-    """Hashes of the files of a folder, by name; hidden files and folders do not count."""
-    files = (path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith("."))
-    return {path.name: file_hash(path) for path in files}

@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from efx_plugin.evaluate.cell import Data, data_from_json, directory_hash, file_hash, key_of, sparsity_name
+from efx_plugin.checkpoint.storage.hashes import directory_hash, file_hash
+from efx_plugin.evaluate.cell import Data, data_from_json, key_of, sparsity_name
 
 
 @dataclass(frozen=True)

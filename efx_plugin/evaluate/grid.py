@@ -138,14 +138,14 @@ def _run_all(
     """Run cells, and hand out what became of each as it ends; `tell` is told which are running."""
     if not todo:
         return
-    waiting = iter(todo.items())
+    keys = {cell: key for key, cell in todo.items()}
     with CellServer(_RUNNER, cache / "server.log", _threads(jobs)) as server:
         while clock.waiting or clock.running:
             while clock.waiting and len(clock.running) < jobs:
-                key, cell = next(waiting)
+                cell = clock.start()
+                key = keys[cell]
                 write_atomically(_request(cache, key), json.dumps(cell.as_json()).encode())
                 server.start(_request(cache, key), _result(cache, key), kept.get(key), _log(cache, key))
-                clock.start()
                 tell("; ".join(one.label for one, _ in clock.running))
             request, code = server.next_ended()
             request.unlink()
@@ -196,9 +196,11 @@ class _Clock:
         self.measured: list[tuple[Cell | DomainCell, float]] = []
         self.running: list[tuple[Cell | DomainCell, float]] = []
 
-    def start(self) -> None:
-        """The first that waits is running now."""
-        self.running.append((self.waiting.pop(0), time.monotonic()))
+    def start(self) -> Cell | DomainCell:
+        """The first that waits, which is running now."""
+        cell = self.waiting.pop(0)
+        self.running.append((cell, time.monotonic()))
+        return cell
 
     def end(self, cell: Cell | DomainCell, *, counts: bool) -> None:
         """A cell has ended; its time tells of others where it `counts`."""

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from efx_plugin.engine.blocks import linears_in_blocks
-from efx_plugin.engine.compute_dtype import choose_for, computed_in, convert
+from efx_plugin.engine.compute_dtype import choose_for, computed_in, convert, restore
 from efx_plugin.errors import EfxError
 from efx_plugin.machine import free_memory
 from efx_plugin.model.adapters import LinearLayer, linear_layers
@@ -86,9 +86,7 @@ def heal(
     seed: int = 0,
     teacher: PreTrainedModel | None = None,
 ) -> Healed:
-    """Train the kept weights once over the training sequences, in place.
-
-    The rate rises over the first tenth of the steps and falls to zero, both linearly.
+    """Train the kept weights once over the training sequences, see `once_over`, in place.
 
     Args:
         model: a plain causal language model with zeros in its linear layers.
@@ -116,30 +114,55 @@ def heal(
     trainer = _Trainer(
         teacher,
         model=model,
-        args=TrainingArguments(
+        callbacks=[UnderMasks(masks)],
+        **once_over(
+            training,
+            folder,
+            learning_rate,
+            batch_size,
+            seed,
+            save_strategy="steps",
+            save_steps=math.ceil(len(training) / batch_size / _CHECKPOINTS),
+            save_total_limit=1,
+        ),
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    model.requires_grad_(False)
+    restore(model, dtypes)
+    with computed_in(model, choose_for(model).dtype):
+        after = validation_loss(model, validation)
+    return Healed(training.numel(), _perplexity(before), _perplexity(after))
+
+
+def once_over(
+    sequences: Tensor, folder: Path, learning_rate: float, batch_size: int, seed: int, **more: Any
+) -> dict[str, Any]:
+    """Arguments of a Trainer that trains once over sequences, int64 [n, length], in batches of `batch_size`, and tells
+    nobody: the rate rises over the first tenth of the steps and falls to zero, both linearly.
+
+    Args:
+        folder: for checkpoints.
+        learning_rate: at its peak.
+        seed: of the order of the sequences.
+        more: of `TrainingArguments`.
+    """
+    return {
+        "args": TrainingArguments(
             output_dir=str(folder),
             per_device_train_batch_size=batch_size,
             num_train_epochs=1,
             learning_rate=learning_rate,
             lr_scheduler_type="linear",
-            warmup_steps=math.ceil(len(training) / batch_size / 10),
-            use_cpu=not torch.accelerator.is_available(),
+            warmup_steps=math.ceil(len(sequences) / batch_size / 10),
+            use_cpu=not torch.accelerator.is_available(),  # bf16 is refused on a CPU that is not asked for
             seed=seed,
-            save_strategy="steps",
-            save_steps=math.ceil(len(training) / batch_size / _CHECKPOINTS),
-            save_total_limit=1,
             logging_strategy="no",
             report_to="none",
+            **more,
         ),
-        train_dataset=[{"input_ids": sequence, "labels": sequence} for sequence in training],
-        data_collator=default_data_collator,
-        callbacks=[UnderMasks(masks)],
-    )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
-    _round(model, dtypes)
-    with computed_in(model, choose_for(model).dtype):
-        after = validation_loss(model, validation)
-    return Healed(training.numel(), _perplexity(before), _perplexity(after))
+        "train_dataset": [{"input_ids": sequence, "labels": sequence} for sequence in sequences],
+        "data_collator": default_data_collator,
+    }
 
 
 class _Trainer(Trainer):
@@ -192,7 +215,6 @@ def _make_trainable(model: PreTrainedModel, layers: list[LinearLayer]) -> dict[s
     """Leave gradients to the weights of those layers alone, in float32; all the others compute in the dtype for this
     machine. Returns the dtypes that the parameters had."""
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    others, trained = choose_for(model).dtype, {id(layer.base.weight) for layer in layers}
     count = sum(layer.base.weight.numel() for layer in layers)
     needed, free = _BYTES * count, free_memory()
     logger.info(
@@ -204,17 +226,12 @@ def _make_trainable(model: PreTrainedModel, layers: list[LinearLayer]) -> dict[s
             f"training {count:,} weights takes {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free: heal "
             "on a larger machine, or train adapters with EfficientXpertCallback"
         )
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
-        parameter.data = parameter.data.to(torch.float32 if id(parameter) in trained else others)
+    convert(model, choose_for(model).dtype)
+    model.requires_grad_(False)
+    for layer in layers:
+        layer.base.weight.data = layer.base.weight.data.float()
+        layer.base.weight.requires_grad_(True)
     return dtypes
-
-
-def _round(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Give every parameter its dtype back; zeros stay zeros."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(False)
-        parameter.data = parameter.data.to(dtypes[name])
 
 
 def _perplexity(loss: float) -> float:

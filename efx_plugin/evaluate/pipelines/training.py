@@ -13,15 +13,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     Trainer,
     TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
     set_seed,
 )
 
 from efx_plugin.errors import EfxError
 from efx_plugin.evaluate.pipelines.draft import Draft
 from efx_plugin.evaluate.pipelines.protocol import PipelineResult, PipelineTask
-from efx_plugin.training.healing import validation_loss
+from efx_plugin.training.healing import once_over, validation_loss
 
 # Arguments of every trained pipeline: the rates to choose from, at their peak, and the sequences of a step.
 CHOICES: dict[str, Any] = {"learning_rates": (3e-4, 1e-3, 3e-3), "batch_size": 4}
@@ -47,31 +45,21 @@ def adapt(draft: Draft) -> None:
 
 
 def train(draft: Draft, rate: float, callbacks: Sequence[TrainerCallback] = ()) -> None:
-    """Train the adapter of a draft on the task's training sequences.
-
-    The rate rises over the first tenth of the steps and falls to zero, both linearly.
-    """
+    """Train the adapter of a draft once over the task's training sequences, see `once_over`."""
     task, sequences = draft.task, draft.task.training
     batch_size = task.arguments.get("batch_size", CHOICES["batch_size"])
     trainer = Trainer(
         model=draft.network,
-        args=TrainingArguments(
-            output_dir=str(task.output / "trainer"),
-            per_device_train_batch_size=batch_size,
-            num_train_epochs=1,
-            learning_rate=rate,
-            lr_scheduler_type="linear",
-            warmup_steps=math.ceil(len(sequences) / batch_size / 10),
-            bf16=next(draft.network.parameters()).dtype == torch.bfloat16,
-            use_cpu=not torch.accelerator.is_available(),  # bf16 is refused on a CPU that is not asked for
-            seed=task.seed,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-        ),
-        train_dataset=[{"input_ids": sequence, "labels": sequence} for sequence in sequences],
-        data_collator=default_data_collator,
         callbacks=list(callbacks),
+        **once_over(
+            sequences,
+            task.output / "trainer",
+            rate,
+            batch_size,
+            task.seed,
+            bf16=next(draft.network.parameters()).dtype == torch.bfloat16,
+            save_strategy="no",
+        ),
     )
     trainer.train()
     # The Trainer leaves the model's forward under autocast.
