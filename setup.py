@@ -22,8 +22,8 @@ IS_X86 = platform.machine() in ("x86_64", "AMD64")
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 INSTRUCTIONS = {
     f"{CHECKPOINT}/avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vbmi2"],
-    f"{KERNELS}/avx512_bf16.cpp": [*_AVX512, "-mavx512vbmi2", "-mavx512vnni", "-mavx512bf16"],
-    f"{KERNELS}/avx512.cpp": _AVX512,
+    f"{KERNELS}/avx512_bf16.cpp": [*_AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni", "-mavx512bf16"],
+    f"{KERNELS}/avx512.cpp": [*_AVX512, "-mbmi2"],
     f"{KERNELS}/avx2.cpp": ["-mavx2", "-mfma"],
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from efx_plugin.errors import EfxError
+from efx_plugin.kernels.groups import group_size
 from efx_plugin.kernels.registry import choose, find
 
 
@@ -23,6 +24,7 @@ class PackedWeight:
         in_features: columns of the weight.
         dtype: the dtype of activations, bias and result.
         kernel: the kernel's name.
+        scheme: of a weight of four bits, "W4A16" or, with quantized activations, "W4A8"; else None.
         reason: why it is not the best kernel that there is; None if it is.
     """
 
@@ -31,6 +33,7 @@ class PackedWeight:
     in_features: int
     dtype: torch.dtype
     kernel: str
+    scheme: str | None
     reason: str | None
 
 
@@ -45,10 +48,12 @@ def pack(
 
     Args:
         weight: floating point, or int8 with `scales`.
-        scales: float32 [out]; row o of the weight is scales[o] times its int8 values.
+        scales: float32 [out]; row o of the weight is scales[o] times its int8 values. Or float32 [out, groups] for
+            values from -8 to 7, which are packed in four bits each: every 32, 64 or 128 adjacent inputs share a scale,
+            the last of them maybe fewer, or all inputs do.
         dtype: of activations and result; for a floating-point weight its own, which is the default.
         quantize_activations: for int8 weights: activations are quantized too, each row x to round(x / s) with
-            s = max |x| / 127; the kernel for GPUs leaves them as they are, and warns.
+            s = max |x| / 127, which is the faster arithmetic; the kernel for GPUs leaves them as they are, and warns.
 
     Raises:
         EfxError: the arguments do not fit together, or EFX_KERNEL asks for what is not there.
@@ -60,21 +65,43 @@ def pack(
         )
     out_features, in_features = weight.shape
     if weight.dtype == torch.int8:
-        if dtype is None or scales is None or scales.shape != (out_features,) or scales.dtype != torch.float32:
-            raise EfxError("an int8 weight needs the dtype of activations, and float32 scales, one per row")
+        if dtype is None or scales is None or scales.dtype != torch.float32 or not _fit(scales, out_features):
+            raise EfxError(
+                "an int8 weight needs the dtype of activations, and float32 scales, one per row, or per row and group "
+                "of inputs"
+            )
+        if scales.ndim == 2:
+            _check_four_bits(weight, scales)
     elif scales is not None or quantize_activations or dtype not in (None, weight.dtype):
         raise EfxError(f"scales, quantized activations and a dtype of their own belong to int8, not to {weight.dtype}")
     dtype = dtype or weight.dtype
     kernel, reason = choose(weight, dtype, scales)
     tensors = kernel.pack(weight, scales, quantize_activations)
-    return PackedWeight(tensors, out_features, in_features, dtype, kernel.name, reason)
+    scheme = None
+    if scales is not None and scales.ndim == 2:
+        scheme = "W4A8" if quantize_activations else "W4A16"
+    return PackedWeight(tensors, out_features, in_features, dtype, kernel.name, scheme, reason)
+
+
+def _fit(scales: Tensor, out_features: int) -> bool:
+    return scales.ndim in (1, 2) and len(scales) == out_features and scales.numel() >= out_features
+
+
+def _check_four_bits(weight: Tensor, scales: Tensor) -> None:
+    group_size(weight.shape[1], scales)
+    if weight.numel() and (weight.min() < -8 or weight.max() > 7):
+        raise EfxError(
+            f"weights with scales for groups of inputs have four bits, values from -8 to 7, not from "
+            f"{int(weight.min())} to {int(weight.max())}"
+        )
 
 
 def unpack(packed: PackedWeight) -> tuple[Tensor, Tensor | None]:
     """What `pack` was given, to the bit but for the sign of zeros.
 
     Returns:
-        The dense weight [out, in], of the packed weight's dtype, and None; or int8 and its float32 scales [out].
+        The dense weight [out, in], of the packed weight's dtype, and None; or int8 and its float32 scales, [out] or
+        [out, groups].
     """
     weight, scales = find(packed.kernel).unpack(packed.tensors)
     return (weight.to(packed.dtype) if scales is None else weight), scales
@@ -83,6 +110,8 @@ def unpack(packed: PackedWeight) -> tuple[Tensor, Tensor | None]:
 def kernel_summary(packed: PackedWeight) -> str:
     """What the kernel of `packed` does, and why it is not a better one if it is not: a phrase for a log line."""
     summary = find(packed.kernel).summary
+    if packed.scheme is not None:
+        summary = f"{packed.scheme}: {summary}"
     return summary if packed.reason is None else f"{summary}; {packed.reason}"
 
 

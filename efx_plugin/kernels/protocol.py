@@ -10,7 +10,8 @@ from torch import Tensor
 class Kernel(Protocol):
     """How a sparse weight W [out, in] is laid out in memory, and the product with it.
 
-    A weight is floating point, or int8 with float32 scales [out]; the activations of int8 weights may be quantized too.
+    A weight is floating point; or int8 with float32 scales [out]; or int8 with values from -8 to 7 and float32 scales
+    [out, groups], the size of whose groups `groups.group_size` tells. The activations of int8 may be quantized too.
     """
 
     @property
@@ -31,7 +32,7 @@ class Kernel(Protocol):
         Args:
             weight: [out, in], floating point or int8, on the device where it will be used, which is of the type above.
             dtype: of activations and result.
-            scales: float32 [out] of an int8 weight, else None.
+            scales: float32 [out] or [out, groups] of an int8 weight, else None.
         """
 
     def pack(self, weight: Tensor, scales: Tensor | None, quantize_activations: bool) -> tuple[Tensor, ...]:
@@ -39,7 +40,7 @@ class Kernel(Protocol):
 
         Args:
             weight: [out, in], floating point or int8.
-            scales: float32 [out] of an int8 weight, else None.
+            scales: float32 [out] or [out, groups] of an int8 weight, else None.
             quantize_activations: `linear` quantizes activations to int8 by row; for int8 weights only. A kernel that
                 computes with more exact activations warns.
         """

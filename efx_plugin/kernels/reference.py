@@ -2,7 +2,8 @@
 
 It defines what the other kernels compute, and runs wherever torch does. On a CPU the weight is reordered once into
 oneDNN's blocked layout, which spares the reordering that `torch.nn.functional.linear` repeats in every call. int8
-weights are kept as float32, which holds them and nearly all of their sums exactly.
+weights are kept as float32, which holds them and nearly all of their sums exactly; those of four bits are multiplied
+with the scales of their groups first, and kept as they came for `unpack`.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from typing import cast
 
 import torch
 from torch import Tensor
+
+from efx_plugin.kernels.groups import group_size
 
 
 class ReferenceKernel:
@@ -22,10 +25,14 @@ class ReferenceKernel:
 
     def pack(self, weight: Tensor, scales: Tensor | None, quantize_activations: bool) -> tuple[Tensor, ...]:
         """Prepare `weight` [out, in] for `linear`: the weight, in oneDNN's layout where oneDNN takes the dtype, and for
-        int8 the scales [out] and whether activations are quantized.
+        int8 the scales and whether activations are quantized, and for four bits the weight in int8.
         """
         if scales is None:
             return (_prepare(weight),)
+        if scales.ndim == 2:
+            in_features = weight.shape[1]
+            scale = scales.repeat_interleave(group_size(in_features, scales), 1)[:, :in_features]
+            return _prepare(weight * scale), scales.clone(), torch.tensor(quantize_activations), weight.clone()
         return _prepare(weight.float()), scales.clone(), torch.tensor(quantize_activations)
 
     def linear(self, x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
@@ -33,7 +40,9 @@ class ReferenceKernel:
         weight, *quantized = packed
         if not quantized:
             return _linear(x, weight, bias)
-        scales, quantize_activations = quantized
+        scales, quantize_activations, *four_bits = quantized
+        if four_bits:
+            scales = scales.new_ones(())  # the weight has its own
         activations = x.float()
         if quantize_activations:
             x_scales = activations.abs().amax(-1, keepdim=True) / 127
@@ -43,8 +52,10 @@ class ReferenceKernel:
         return (y if bias is None else y + bias.float()).to(x.dtype)
 
     def unpack(self, packed: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """The weight [out, in] and its scales [out], of new memory."""
+        """The weight [out, in] and its scales, of new memory."""
         weight, *quantized = packed
+        if len(quantized) == 3:
+            return quantized[2].clone(), quantized[0].clone()
         dense = weight.to_dense() if weight.is_mkldnn else weight.clone()
         return (dense.to(torch.int8), quantized[0].clone()) if quantized else (dense, None)
 

@@ -31,7 +31,7 @@ def find(name: str) -> Kernel:
 
 
 def choose(weight: Tensor, dtype: torch.dtype, scales: Tensor | None) -> Choice:
-    """The kernel for a weight [out, in], of a floating dtype or int8 with `scales` [out], and activations of `dtype`.
+    """The kernel for a weight [out, in], of a floating dtype or int8 with `scales`, and activations of `dtype`.
 
     Raises:
         EfxError: EFX_KERNEL names no kernel, or one that cannot take the weight here.

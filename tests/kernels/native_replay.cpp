@@ -5,7 +5,7 @@
 // watches; and on buffers that end where an inaccessible page begins, which stops also the vector instructions that no
 // sanitizer instruments. Each of both with one thread and with three, which must give the same bytes.
 //
-// A call is ten int64 (the names of `Call`), then the bytes of the weight, the scales, the activations and the bias.
+// A call is twelve int64 (the names of `Call`), then the bytes of the weight, the scales, the activations and the bias.
 #include <sys/mman.h>
 
 #include <cstdint>
@@ -60,7 +60,7 @@ class Buffer {
 
 // `field` of the packed header gets `value` before the product, unless it is negative.
 struct Call {
-    int64_t isa, kind, type, rows, columns, m, scales, bias, field, value;
+    int64_t isa, kind, type, rows, columns, m, span, scale_type, scale_bytes, bias, field, value;
 
     int64_t weight_size() const { return rows * columns * (kind == 0 ? 2 : 1); }
     int64_t element() const { return type == 0 ? 2 : 4; }
@@ -81,11 +81,11 @@ std::string replay(const Call& c, const Inputs& inputs, bool beside_page, int64_
     Buffer y(beside_page, std::vector<uint8_t>(c.m * c.rows * c.element(), 0xA5));
     uint64_t hash = 0xCBF29CE484222325;
     int64_t packed = -1, product = -1;
-    const int64_t size = efx_packed_size(c.isa, c.kind, weight.data(), c.rows, c.columns, threads);
+    const int64_t size = efx_packed_size(c.isa, c.kind, weight.data(), c.rows, c.columns, c.span, threads);
     if (size > 0) {
         Buffer buffer(beside_page, std::vector<uint8_t>(size, 0xA5));
-        packed = efx_pack(c.isa, c.kind, weight.data(), c.rows, c.columns,
-                          static_cast<const float*>(scales.data_or_null()), buffer.data(), size, threads);
+        packed = efx_pack(c.isa, c.kind, weight.data(), c.rows, c.columns, c.span, c.scale_type,
+                          scales.data_or_null(), buffer.data(), size, threads);
         if (c.field >= 0) static_cast<int64_t*>(buffer.data())[c.field] = c.value;
         product = efx_linear(c.isa, buffer.data(), size, x.data(), c.type, c.m, c.columns, bias.data_or_null(), y.data(),
                              c.rows, threads);
@@ -114,7 +114,7 @@ int main(int, char** arguments) {
     while (std::fread(&call, sizeof call, 1, file) == 1) {
         Inputs inputs;
         inputs.weight = read(file, call.weight_size());
-        inputs.scales = read(file, call.scales ? 4 * call.rows : 0);
+        inputs.scales = read(file, call.scale_bytes);
         inputs.x = read(file, call.m * call.columns * call.element());
         inputs.bias = read(file, call.bias ? call.rows * call.element() : 0);
         const std::string line = replay(call, inputs, false, 1);

@@ -14,16 +14,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efx_plugin.kernels import native, registry
+from efx_plugin.kernels import groups, native, registry
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "efx_plugin" / "kernels" / "native"
 CXX = shutil.which("g++")
 ALL = [kernel.name for kernel in native.KERNELS]
 ISAS = [kernel.name for kernel in native.KERNELS if kernel.is_supported]
-KINDS = ["bf16", "int8", "int8_dynamic"]
+KINDS = ["bf16", "int8", "int8_dynamic", "int4", "int4_dynamic"]
 DTYPES = [torch.bfloat16, torch.float32]
-HEADER = ("magic", "kind", "rows", "columns", "blocks", "groups", "values")
+SCALE_DTYPES = [torch.bfloat16, torch.float16]
+HEADER = ("magic", "kind", "rows", "columns", "span", "scale_type", "blocks", "groups", "values")
 HEADER += ("scales_at", "sums_at", "offsets_at", "masks_at", "values_at", "size")
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="the kernels are not compiled")
@@ -32,18 +33,36 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def make_weight(kind: str, rows: int, columns: int, density=0.5, seed=0) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A sparse weight of which a row is empty and a row is full, and the scales if it is int8."""
+    """A sparse weight of which a row is empty and a row is full, and the scales if it is int8 or int4.
+
+    Scales of int4 are for groups of 32, 64, 128 or all columns, in bfloat16 or float16, as the seed has it.
+    """
     generator = torch.Generator().manual_seed(seed)
     keep = torch.rand(rows, columns, generator=generator) < density
     keep[0], keep[-1] = False, True
     if kind == "bf16":
         return (torch.randn(rows, columns, generator=generator) * keep).bfloat16(), None
-    weight = torch.randint(-128, 128, (rows, columns), generator=generator) * keep
-    return weight.to(torch.int8), torch.rand(rows, generator=generator) + 0.01
+    if kind.startswith("int8"):
+        weight = torch.randint(-128, 128, (rows, columns), generator=generator) * keep
+        return weight.to(torch.int8), torch.rand(rows, generator=generator) + 0.01
+    weight = (torch.randint(-8, 8, (rows, columns), generator=generator) * keep).to(torch.int8)
+    size, scale_dtype = (*groups.SIZES, columns)[seed % 4], SCALE_DTYPES[seed // 4 % 2]
+    scales = torch.rand(rows, -(-columns // size), generator=generator) + 0.01
+    return weight, scales.to(scale_dtype).float()
+
+
+def scaled(weight: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """The weight in float64."""
+    if scales is None:
+        return weight.double()
+    if scales.ndim == 1:
+        return weight.double() * scales[:, None]
+    size = groups.group_size(weight.shape[1], scales)
+    return weight.double() * scales.double().repeat_interleave(size, 1)[:, : weight.shape[1]]
 
 
 def pack(isa: str, kind: str, weight: torch.Tensor, scales: torch.Tensor | None) -> list[torch.Tensor]:
-    return list(registry.find(isa).pack(weight, scales, kind == "int8_dynamic"))
+    return list(registry.find(isa).pack(weight, scales, kind.endswith("dynamic")))
 
 
 def linear(isa: str, x: torch.Tensor, packed: list[torch.Tensor], bias, rows: int) -> torch.Tensor:
@@ -58,20 +77,20 @@ def expected(kind, weight, scales, x, bias) -> tuple[torch.Tensor, torch.Tensor]
 
     K products added in any order, each product and each sum rounded, are off by at most gamma_n = n u / (1 - n u) times
     the sum of magnitudes, with u = 2^-24 and n = K (Higham, Accuracy and Stability of Numerical Algorithms, section
-    3.1); four roundings more come from the scales and the bias. Quantized activations are integers, except that x / s
+    3.1), which is also more than the roundings of a group's sum and of the sum of groups; four roundings more come from
+    the scales and the bias. Quantized activations are integers, except that x / s
     within 3 roundings of a half may go to either side: s, 1 / s and x (1 / s) are rounded.
     """
-    w, x = weight.double(), x.double()
+    w, x = scaled(weight, scales), x.double()
     undecided = torch.zeros_like(x)
     x_scale = torch.ones(())
-    if kind == "int8_dynamic":
+    if kind.endswith("dynamic"):
         x_scale = x.abs().amax(-1, keepdim=True) / 127
         exact = torch.where(x_scale > 0, x / x_scale, 0)
         x = exact.round()
         undecided = (((exact - exact.floor()) - 0.5).abs() < 127 * 3 * 2**-24).double()
-    scale = x_scale if scales is None else scales.double() * x_scale
-    y, magnitude = (x @ w.T) * scale, (x.abs() @ w.abs().T) * scale
-    slack = (undecided @ w.abs().T) * scale
+    y, magnitude = (x @ w.T) * x_scale, (x.abs() @ w.abs().T) * x_scale
+    slack = (undecided @ w.abs().T) * x_scale
     if bias is not None:
         y, magnitude = y + bias.double(), magnitude + bias.double().abs()
     n = (weight.shape[1] + 4) * 2.0**-24
@@ -80,7 +99,7 @@ def expected(kind, weight, scales, x, bias) -> tuple[torch.Tensor, torch.Tensor]
 
 @every_isa
 @every_kind
-@settings(max_examples=170, deadline=None)  # of 12 combinations: 2,040 cases
+@settings(max_examples=170, deadline=None)  # of 20 combinations: 3,400 cases
 @given(
     rows=st.integers(1, 70),
     columns=st.integers(1, 300),
@@ -102,16 +121,45 @@ def test_is_the_rounding_of_a_sum_in_float32(isa, kind, rows, columns, m, densit
     assert ((exact - error).to(dtype) <= y).all() and (y <= (exact + error).to(dtype)).all()
 
 
+@every_isa
+@pytest.mark.parametrize("kind", ["int4", "int4_dynamic"])
+@pytest.mark.parametrize("columns", [1300, 1301, 1302, 1303])  # as seeds: groups of 32, 64, 128, and all
+@pytest.mark.parametrize("m", [2, 9, 40])
+def test_groups_of_inputs_in_rows_that_are_expanded_in_parts(isa, kind, columns, m):
+    weight, scales = make_weight(kind, 35, columns, seed=columns)
+    x = torch.randn(m, columns)
+    y = linear(isa, x, pack(isa, kind, weight, scales), None, 35)
+    exact, error = expected(kind, weight, scales, x, None)
+    assert ((exact - error).float() <= y).all() and (y <= (exact + error).float()).all()
+
+
 # What the result does not depend on.
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["int4", "int4_dynamic"])
+@pytest.mark.parametrize("m", [1, 3, 7, 14, 50])
+@pytest.mark.parametrize(("value", "other"), [(-8, -8), (7, 7), (-8, 7), (0, 0)])
+def test_weights_of_four_bits_at_the_ends_of_their_range(isa, dtype, kind, m, value, other):
+    """Rows that are full, on activations whose sums are the largest: they are exact."""
+    weight = torch.full((21, 200), value, dtype=torch.int8)
+    weight[:, ::2] = other
+    scales = torch.tensor([2.0, 4, 8, 16]).repeat(21, 1)  # of groups of 64
+    x = torch.full((m, 200), 127.0).to(dtype)
+    x[0, 1::2] = -127
+    y = linear(isa, x, pack(isa, kind, weight, scales), None, 21)
+    assert torch.equal(y, (x.double() @ scaled(weight, scales).T).to(dtype))
 
 
 @every_isa
 @every_kind
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_is_the_same_bits_in_any_batch_and_on_any_threads(isa, kind, dtype):
-    weight, scales = make_weight(kind, 115, 334)
+@pytest.mark.parametrize("columns", [334, 1300, 1303])
+def test_a_row_is_the_same_bits_in_any_batch_and_on_any_threads(isa, kind, columns, dtype):
+    weight, scales = make_weight(kind, 115, columns, seed=columns)
     packed, bias = pack(isa, kind, weight, scales), torch.randn(115).to(dtype)
-    x = torch.randn(513, 334).to(dtype)
+    x = torch.randn(513, columns).to(dtype)
     y = linear(isa, x, packed, bias, 115)
     for m in [*range(1, 20), 70, 512]:
         assert torch.equal(linear(isa, x[-m:], packed, bias, 115), y[-m:]), m
@@ -179,6 +227,14 @@ def test_half_the_weights_take_a_little_more_than_half_the_bytes(isa):
         exact, error = expected("bf16", weight, None, x, None)
         y = linear(isa, x, [buffer], None, 576)
         assert ((exact - error).bfloat16() <= y).all() and (y <= (exact + error).bfloat16()).all()
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_four_bits_and_half_the_weights_take_a_fifth_of_the_bytes_of_bf16(size):
+    weight = torch.randint(1, 8, (4096, 4096), dtype=torch.int8)
+    weight[torch.rand(4096, 4096) < 0.5] = 0
+    (buffer,) = pack(ISAS[0], "int4", weight, torch.ones(4096, 4096 // size))
+    assert buffer.nbytes <= 0.205 * 2 * weight.numel()
 
 
 @every_isa
@@ -317,27 +373,35 @@ def test_unknown_numbers_are_refused_by_every_function():
     library = native.library()
     weight, scales = make_weight("int8", 20, 12)
     (buffer,) = pack(ISAS[-1], "int8", weight, scales)
+    four_bits, four_scales = make_weight("int4", 20, 40, seed=0)
+    w4, s4 = four_bits.data_ptr(), four_scales.bfloat16()
     index = ALL.index(ISAS[-1])
     x, y = torch.randn(2, 12), torch.empty(2, 20)
     w, s, b = weight.data_ptr(), scales.data_ptr(), (buffer.data_ptr(), buffer.numel())
     for isa in (-1, len(ALL), 2**40):
         assert library.efx_isa_name(isa) is None and not library.efx_isa_supported(isa)
-        refused(library.efx_packed_size(isa, 1, w, 20, 12, 1), UNSUPPORTED)
-        refused(library.efx_pack(isa, 1, w, 20, 12, s, *b, 1), UNSUPPORTED)
+        refused(library.efx_packed_size(isa, 1, w, 20, 12, 0, 1), UNSUPPORTED)
+        refused(library.efx_pack(isa, 1, w, 20, 12, 0, 0, s, *b, 1), UNSUPPORTED)
         refused(library.efx_linear(isa, *b, x.data_ptr(), 1, 2, 12, None, y.data_ptr(), 20, 1), UNSUPPORTED)
-    for kind in (-1, 3, 2**40):
-        refused(library.efx_packed_size(index, kind, w, 20, 12, 1), ARGUMENTS)
-        refused(library.efx_pack(index, kind, w, 20, 12, s, *b, 1), ARGUMENTS)
-    refused(library.efx_pack(index, 1, w, 20, 12, None, *b, 1), ARGUMENTS)
-    refused(library.efx_pack(index, 0, w, 20, 12, s, *b, 1), ARGUMENTS)
+    for kind in (-1, 5, 2**40):
+        refused(library.efx_packed_size(index, kind, w, 20, 12, 0, 1), ARGUMENTS)
+        refused(library.efx_pack(index, kind, w, 20, 12, 0, 0, s, *b, 1), ARGUMENTS)
+    refused(library.efx_pack(index, 1, w, 20, 12, 0, 0, None, *b, 1), ARGUMENTS)
+    refused(library.efx_pack(index, 0, w, 20, 12, 0, 0, s, *b, 1), ARGUMENTS)
+    refused(library.efx_pack(index, 1, w, 20, 12, 0, 1, s, *b, 1), ARGUMENTS)
+    refused(library.efx_pack(index, 3, w4, 20, 40, 32, 2, s4.data_ptr(), *b, 1), ARGUMENTS)
+    for span in (-1, 0, 1, 16, 33, 64, 128, 2**40):
+        refused(library.efx_packed_size(index, 3, w4, 20, 40, span, 1), SIZES)
+        refused(library.efx_pack(index, 3, w4, 20, 40, span, 0, s4.data_ptr(), *b, 1), SIZES)
+    refused(library.efx_packed_size(index, 1, w, 20, 12, 12, 1), SIZES)
     for type_ in (-1, 2):
         refused(library.efx_linear(index, *b, x.data_ptr(), type_, 2, 12, None, y.data_ptr(), 20, 1), ARGUMENTS)
     for rows, columns in ((0, 12), (20, 0), (-20, 12), (20, -12), (2**31, 12), (2**30, 2**30), (2**62, 2**62)):
-        refused(library.efx_packed_size(index, 1, w, rows, columns, 1), SIZES)
-        refused(library.efx_pack(index, 1, w, rows, columns, s, *b, 1), SIZES)
+        refused(library.efx_packed_size(index, 1, w, rows, columns, 0, 1), SIZES)
+        refused(library.efx_pack(index, 1, w, rows, columns, 0, 0, s, *b, 1), SIZES)
     for size in (b[1] - 64, b[1] + 64, 100, 0, -1):
-        refused(library.efx_pack(index, 1, w, 20, 12, s, b[0], size, 1), SIZES)
-    refused(library.efx_pack(index, 1, w, 20, 12, s, b[0] + 1, b[1], 1), SIZES)
+        refused(library.efx_pack(index, 1, w, 20, 12, 0, 0, s, b[0], size, 1), SIZES)
+    refused(library.efx_pack(index, 1, w, 20, 12, 0, 0, s, b[0] + 1, b[1], 1), SIZES)
     refused(library.efx_linear(index, *b, x.data_ptr(), 1, -1, 12, None, y.data_ptr(), 20, 1), SIZES)
 
 
@@ -345,11 +409,11 @@ def test_unknown_numbers_are_refused_by_every_function():
 
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 INSTRUCTIONS = {
-    "avx512_bf16.cpp": [*AVX512, "-mavx512vbmi2", "-mavx512vnni", "-mavx512bf16"],
-    "avx512.cpp": AVX512,
+    "avx512_bf16.cpp": [*AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni", "-mavx512bf16"],
+    "avx512.cpp": [*AVX512, "-mbmi2"],
     "avx2.cpp": ["-mavx2", "-mfma"],
 }
-FIELDS = ("isa", "kind", "type", "rows", "columns", "m", "scales", "bias", "field", "value")
+FIELDS = ("isa", "kind", "type", "rows", "columns", "m", "span", "scale_type", "scale_bytes", "bias", "field", "value")
 
 
 def compile_replay(folder: Path) -> Path:
@@ -379,10 +443,14 @@ def compile_replay(folder: Path) -> Path:
 
 def make_call(rng: np.random.Generator, isa: int) -> tuple[dict[str, int], list[np.ndarray]]:
     """A call, of which one in four finds its packed weight corrupt; its weight, scales, activations and bias."""
-    kind, type_ = int(rng.integers(3)), int(rng.integers(2))
+    kind, type_ = int(rng.integers(len(KINDS))), int(rng.integers(2))
     rows, columns = int(rng.integers(1, 60)), int(rng.integers(1, 90))
     m = int(rng.choice([1, 2, 3, 7, 8, 9, 16, 17, 40, 513], p=[0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.08, 0.02]))
-    weight, scales = make_weight(KINDS[kind], rows, columns, float(rng.choice([0, 0.5, 1])), int(rng.integers(2**31)))
+    seed, span, scale_type = int(rng.integers(2**31)), 0, 0
+    weight, scales = make_weight(KINDS[kind], rows, columns, float(rng.choice([0, 0.5, 1])), seed)
+    if scales is not None and scales.ndim == 2:
+        span, scale_type = groups.group_size(columns, scales), seed // 4 % 2
+        scales = scales.to(SCALE_DTYPES[scale_type])
     x, bias = torch.from_numpy(rng.standard_normal((m, columns))), torch.from_numpy(rng.standard_normal(rows))
     has_bias = bool(rng.integers(2))
     arrays = [weight, scales, x.to(DTYPES[type_]), bias.to(DTYPES[type_]) if has_bias else None]
@@ -390,7 +458,8 @@ def make_call(rng: np.random.Generator, isa: int) -> tuple[dict[str, int], list[
     if rng.random() < 0.25:
         field = int(rng.integers(len(HEADER)))
         value = int(rng.choice([-(2**63), -1, 0, 1, 2**31, 2**32 + 6, 2**61, 2**62, 2**63 - 1]))
-    numbers = (isa, kind, type_, rows, columns, m, scales is not None, has_bias, field, value)
+    scale_bytes = 0 if scales is None else scales.nbytes
+    numbers = (isa, kind, type_, rows, columns, m, span, scale_type, scale_bytes, has_bias, field, value)
     return dict(zip(FIELDS, numbers, strict=True)), arrays
 
 
@@ -403,10 +472,11 @@ def call_in_process(call: dict[str, int], arrays: list[torch.Tensor | None]) -> 
     library = native.library()
     isa, kind, rows, columns, m = (call[name] for name in ("isa", "kind", "rows", "columns", "m"))
     weight, scales, x, bias = (None if array is None else array.data_ptr() for array in arrays)
-    size = library.efx_packed_size(isa, kind, weight, rows, columns, 1)
+    shape = (isa, kind, weight, rows, columns, call["span"])
+    size = library.efx_packed_size(*shape, 1)
     buffer = torch.full((size,), 0xA5, dtype=torch.uint8)
     y = torch.full((m * rows * arrays[2].element_size(),), 0xA5, dtype=torch.uint8)
-    packed = library.efx_pack(isa, kind, weight, rows, columns, scales, buffer.data_ptr(), size, 1)
+    packed = library.efx_pack(*shape, call["scale_type"], scales, buffer.data_ptr(), size, 1)
     if call["field"] >= 0:
         buffer[: 8 * len(HEADER)].view(torch.int64)[call["field"]] = call["value"]
     product = library.efx_linear(isa, buffer.data_ptr(), size, x, call["type"], m, columns, bias, y.data_ptr(), rows, 1)

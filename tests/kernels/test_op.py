@@ -158,6 +158,59 @@ def test_unpacking_gives_back_int8_and_scales(monkeypatch, name, quantize_activa
     assert torch.equal(unpacked[0], weight) and torch.equal(unpacked[1], scales)
 
 
+def four_bits(rows: int, columns: int, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    weight = torch.randint(-8, 8, (rows, columns), dtype=torch.int8) * (torch.rand(rows, columns) < 0.5)
+    return weight, torch.rand(rows, groups).bfloat16().float()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("quantize_activations", [False, True])
+@pytest.mark.parametrize(("columns", "groups", "size"), [(96, 3, 32), (100, 2, 64), (300, 3, 128), (300, 1, 300)])
+def test_weights_of_four_bits_are_scaled_by_groups(kernel, dtype, quantize_activations, columns, groups, size):
+    weight, scales = four_bits(40, columns, groups)
+    x, bias = torch.randn(3, columns).to(dtype), torch.randn(40).to(dtype)
+    packed = pack(weight, scales=scales, dtype=dtype, quantize_activations=quantize_activations)
+    activations = x.double()
+    if quantize_activations:
+        step = x.float().abs().amax(-1, keepdim=True) / 127
+        activations = (x.float() * step.reciprocal()).round().double() * step.double()
+    products = [
+        activations[:, i * size : (i + 1) * size] @ weight[:, i * size : (i + 1) * size].double().T * scales[:, i]
+        for i in range(groups)
+    ]
+    expected = sum(products) + bias.double()
+    torch.testing.assert_close(sparse_linear(x, packed, bias), expected.to(dtype), rtol=1e-2, atol=1e-2)
+    scheme = "W4A8" if quantize_activations else "W4A16"
+    assert kernel_summary(packed).startswith(f"{scheme}: {registry.find(kernel).summary}")
+
+
+@pytest.mark.parametrize("quantize_activations", [False, True])
+@pytest.mark.parametrize("name", KERNELS)
+def test_unpacking_gives_back_four_bits_and_scales(monkeypatch, name, quantize_activations):
+    monkeypatch.setenv("EFX_KERNEL", name)
+    weight, scales = four_bits(37, 150, 3)
+    scales[3] = 0
+    packed = pack(weight, scales=scales, dtype=torch.bfloat16, quantize_activations=quantize_activations)
+    unpacked = unpack(packed)
+    assert [tensor.dtype for tensor in unpacked] == [torch.int8, torch.float32]
+    assert torch.equal(unpacked[0], weight) and torch.equal(unpacked[1], scales)
+
+
+@pytest.mark.parametrize(("columns", "groups"), [(128, 3), (128, 5), (128, 128), (40, 3)])
+def test_groups_of_other_sizes_are_refused(columns, groups):
+    weight, scales = four_bits(4, columns, groups)
+    with pytest.raises(EfxError, match=rf"{columns} inputs in {groups} groups are no groups of 32, 64, 128 or all"):
+        pack(weight, scales=scales, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("value", [-9, 8])
+def test_values_of_more_than_four_bits_are_refused(value):
+    weight, scales = four_bits(4, 64, 2)
+    weight[1, 2] = value
+    with pytest.raises(EfxError, match="values from -8 to 7, not from"):
+        pack(weight, scales=scales, dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize("weight", [torch.ones(4), torch.ones(2, 2, 2), torch.ones(4, 4, dtype=torch.int32)])
 def test_what_is_no_matrix_of_weights_is_refused(weight):
     with pytest.raises(EfxError, match="must be a floating-point or int8 matrix"):
@@ -174,6 +227,9 @@ INT8 = torch.ones(4, 6, dtype=torch.int8)
         {"dtype": torch.bfloat16},
         {"scales": torch.ones(4)},
         {"scales": torch.ones(6), "dtype": torch.bfloat16},
+        {"scales": torch.ones(6, 1), "dtype": torch.bfloat16},
+        {"scales": torch.ones(4, 0), "dtype": torch.bfloat16},
+        {"scales": torch.ones(4, 1, 1), "dtype": torch.bfloat16},
         {"scales": torch.ones(4).double(), "dtype": torch.bfloat16},
     ],
 )

@@ -7,6 +7,7 @@ import torch
 
 from efx_plugin.errors import EfxError
 from efx_plugin.kernels import kernel_summary, native, pack, reference, registry, sparse_linear
+from efx_plugin.kernels.cuda import kernel as cuda
 
 SUPPORTED = [kernel.name for kernel in native.KERNELS if kernel.is_supported]
 needs_library = pytest.mark.skipif(not SUPPORTED, reason="the kernels are not compiled")
@@ -97,6 +98,26 @@ def wide_int8() -> dict:
     return {"weight": weight, "scales": torch.ones(1), "dtype": torch.bfloat16}
 
 
+def four_bits(scales: torch.Tensor) -> dict:
+    return {"weight": torch.ones(4, 64, dtype=torch.int8), "scales": scales, "dtype": torch.bfloat16}
+
+
+def test_the_kernel_for_gpus_takes_no_weights_of_four_bits():
+    weight, scales, dtype = four_bits(torch.ones(4, 2)).values()
+    assert cuda.KERNEL.obstacle(weight, dtype, scales) == "the sparse kernel for GPUs takes no weights of four bits"
+
+
+@needs_library
+@pytest.mark.parametrize("name", [*SUPPORTED, "reference"])
+@pytest.mark.parametrize("quantize_activations", [False, True])
+def test_each_kernel_can_be_forced_on_four_bits(monkeypatch, name, quantize_activations):
+    monkeypatch.setenv("EFX_KERNEL", name)
+    packed = pack(**four_bits(torch.ones(4, 2)), quantize_activations=quantize_activations)
+    assert packed.kernel == name
+    x = torch.ones(2, 64).bfloat16()
+    torch.testing.assert_close(sparse_linear(x, packed), torch.full((2, 4), 64).bfloat16())
+
+
 @needs_library
 @pytest.mark.parametrize(
     ("arguments", "reason"),
@@ -107,6 +128,7 @@ def wide_int8() -> dict:
         ({"weight": torch.empty(0, 4).bfloat16()}, "the weight is empty"),
         ({"weight": torch.empty(4, 0).bfloat16()}, "the weight is empty"),
         (wide_int8(), "more than 65536 int8 weights"),
+        (four_bits(torch.full((4, 2), 1 / 3)), "float32 values that neither bfloat16 nor float16 can hold"),
     ],
 )
 def test_what_no_sparse_kernel_takes_is_left_to_the_reference(monkeypatch, arguments, reason):

@@ -47,6 +47,8 @@ class CudaKernel:
             return "there is no sparse kernel for AMD GPUs (ROCm)"
         if weight.numel() == 0:
             return "the weight is empty"
+        if scales is not None and scales.ndim == 2:
+            return "the sparse kernel for GPUs takes no weights of four bits"
         if dtype not in variants.DTYPES:
             return f"the sparse kernel for GPUs takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
         if weight.shape[1] > _MOST_COLUMNS:

@@ -1,30 +1,35 @@
 // AVX2 and FMA: eight values are moved under one byte of the mask by a shuffle that a table gives.
+//
+// PDEP would move nibbles at once, but takes hundreds of cycles before Zen 3.
 #include <immintrin.h>
 
 #include "floats.hpp"
 
 namespace {
 
+template <int kSize>
 struct Shuffles {
-    alignas(64) uint8_t bytes[256][16];
+    alignas(64) uint8_t bytes[256][8 * kSize];
 };
 
-// For each byte of a mask, the shuffle that moves the k-th word to the k-th set bit and clears the others.
-constexpr Shuffles make_shuffles() {
-    Shuffles shuffles{};
+// For each byte of a mask, the shuffle that moves the k-th element, of kSize bytes, to the k-th set bit and clears the
+// others.
+template <int kSize>
+constexpr Shuffles<kSize> make_shuffles() {
+    Shuffles<kSize> shuffles{};
     for (int mask = 0; mask < 256; mask++) {
         uint8_t next = 0;
         for (int bit = 0; bit < 8; bit++) {
             const bool is_set = mask >> bit & 1;
-            shuffles.bytes[mask][2 * bit] = is_set ? next : 0x80;
-            shuffles.bytes[mask][2 * bit + 1] = is_set ? next + 1 : 0x80;
-            next += is_set ? 2 : 0;
+            for (int i = 0; i < kSize; i++) shuffles.bytes[mask][kSize * bit + i] = is_set ? next + i : 0x80;
+            next += is_set ? kSize : 0;
         }
     }
     return shuffles;
 }
 
-constexpr Shuffles kShuffles = make_shuffles();
+constexpr Shuffles<1> kByteShuffles = make_shuffles<1>();
+constexpr Shuffles<2> kShuffles = make_shuffles<2>();
 
 struct Avx2 {
     struct Floats {
@@ -43,6 +48,9 @@ struct Avx2 {
         const __m256 many = _mm256_set1_ps(x);
         return {_mm256_fmadd_ps(floats.upper, many, sum.upper), _mm256_fmadd_ps(floats.lower, many, sum.lower)};
     }
+    EFX_INLINE static inline Floats multiply_add(Floats sum, const Floats& floats, const Floats& x) {
+        return {_mm256_fmadd_ps(floats.upper, x.upper, sum.upper), _mm256_fmadd_ps(floats.lower, x.lower, sum.lower)};
+    }
     EFX_INLINE static inline void expand_pairs(uint32_t mask, const uint16_t* values, Floats* vectors) {
         const __m256i upper = expand(mask, values);
         const __m256i lower = expand(mask >> 16, values + __builtin_popcount(mask & 0xFFFF));
@@ -52,8 +60,39 @@ struct Avx2 {
         vectors[1] = {_mm256_castsi256_ps(_mm256_and_si256(upper, odd)),
                       _mm256_castsi256_ps(_mm256_and_si256(lower, odd))};
     }
+    EFX_INLINE static inline void expand_nibbles(uint64_t mask, Nibbles values, Floats* vectors) {
+        // Four rows each, the four values of a column together.
+        const __m128i by_column = _mm_setr_epi8(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15);
+        __m128i rows[4];
+        unroll<4>([&](auto i) EFX_INLINE {
+            const __m128i first = expand_eight(mask >> 16 * i & 0xFF, values);
+            const __m128i second = expand_eight(mask >> (16 * i + 8) & 0xFF, values);
+            rows[i] = _mm_shuffle_epi8(_mm_unpacklo_epi64(first, second), by_column);
+        });
+        const __m128i upper01 = _mm_unpacklo_epi32(rows[0], rows[1]), upper23 = _mm_unpackhi_epi32(rows[0], rows[1]);
+        const __m128i lower01 = _mm_unpacklo_epi32(rows[2], rows[3]), lower23 = _mm_unpackhi_epi32(rows[2], rows[3]);
+        vectors[0] = nibbles_to_floats(_mm_unpacklo_epi64(upper01, lower01));
+        vectors[1] = nibbles_to_floats(_mm_unpackhi_epi64(upper01, lower01));
+        vectors[2] = nibbles_to_floats(_mm_unpacklo_epi64(upper23, lower23));
+        vectors[3] = nibbles_to_floats(_mm_unpackhi_epi64(upper23, lower23));
+    }
 
    private:
+    // Two rows of four columns, under 8 bits of the mask: bytes, each a nibble; `values` goes on behind them.
+    EFX_INLINE static inline __m128i expand_eight(uint64_t mask, Nibbles& values) {
+        const __m128i half = _mm_set1_epi8(15);
+        const __m128i loaded = _mm_cvtsi64_si128(static_cast<int64_t>(load64(values.at()) >> values.bit()));
+        values += __builtin_popcountll(mask);
+        const __m128i even = _mm_and_si128(loaded, half), odd = _mm_and_si128(_mm_srli_epi16(loaded, 4), half);
+        const __m128i shuffle = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kByteShuffles.bytes[mask]));
+        return _mm_shuffle_epi8(_mm_unpacklo_epi8(even, odd), shuffle);
+    }
+    EFX_INLINE static inline Floats nibbles_to_floats(__m128i nibbles) {
+        const __m128i values = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+        const __m128i bytes = _mm_shuffle_epi8(values, nibbles);
+        return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+    }
     // Two columns of eight rows, under 16 bits of the mask.
     EFX_INLINE static inline __m256i expand(uint32_t mask, const uint16_t* values) {
         const uint32_t first = mask & 0xFF, second = mask >> 8 & 0xFF;

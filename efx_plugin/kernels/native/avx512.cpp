@@ -1,4 +1,5 @@
-// AVX-512 without VBMI2 or BF16 (Intel from Skylake-SP, and Ice Lake): words of 32 bits are expanded.
+// AVX-512 without VBMI2 or BF16 (Intel from Skylake-SP, and Ice Lake): words of 32 bits are expanded, and nibbles in general
+// registers.
 #include <immintrin.h>
 
 #include "floats.hpp"
@@ -16,6 +17,9 @@ struct Avx512 {
     EFX_INLINE static inline Floats multiply_add(Floats sum, Floats floats, float x) {
         return _mm512_fmadd_ps(floats, _mm512_set1_ps(x), sum);
     }
+    EFX_INLINE static inline Floats multiply_add(Floats sum, Floats floats, Floats x) {
+        return _mm512_fmadd_ps(floats, x, sum);
+    }
     EFX_INLINE static inline void expand_pairs(uint32_t mask, const uint16_t* values, Floats* vectors) {
         const __mmask16 low = static_cast<__mmask16>(mask), high = static_cast<__mmask16>(mask >> 16);
         const __m512 upper_rows = expand(low, values);  // pairs of columns, rows 0 to 7
@@ -24,6 +28,19 @@ struct Avx512 {
         const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
         vectors[0] = _mm512_permutex2var_ps(upper_rows, even, lower_rows);
         vectors[1] = _mm512_permutex2var_ps(upper_rows, odd, lower_rows);
+    }
+    EFX_INLINE static inline void expand_nibbles(uint64_t mask, Nibbles values, Floats* vectors) {
+        uint64_t rows[4];  // each four rows of four columns
+        unroll<4>([&](auto i) EFX_INLINE {
+            const uint64_t kept = mask >> 16 * i & 0xFFFF;
+            rows[i] = _pdep_u64(values.sixteen(), 15 * _pdep_u64(kept, 0x1111'1111'1111'1111));
+            values += __builtin_popcountll(kept);
+        });
+        const __m512i fours = _mm512_cvtepu16_epi32(_mm256_setr_epi64x(rows[0], rows[1], rows[2], rows[3]));
+        unroll<4>([&](auto i) EFX_INLINE {  // a look-up takes the lowest four bits
+            const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+            vectors[efx::kInt4Order[i]] = _mm512_permutexvar_ps(_mm512_srli_epi32(fours, 4 * i), values);
+        });
     }
 
    private:

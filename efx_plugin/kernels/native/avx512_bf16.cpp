@@ -1,4 +1,4 @@
-// AVX-512 with VBMI2, VNNI and BF16 (AMD from Zen 4, Intel from Sapphire Rapids): groups expand in one instruction into what
+// AVX-512 with VBMI, VBMI2, VNNI and BF16 (AMD from Zen 4, Intel from Sapphire Rapids): groups expand in one instruction into what
 // the dot products of two bfloat16 or four int8 take.
 #include <immintrin.h>
 
@@ -8,8 +8,11 @@
 namespace {
 
 struct Registers {  // what the dots here have in common: 32 registers of 512 bits
+    using Floats = __m512;
     static constexpr int kTile = 24;
-    static constexpr bool kQuantized = false;
+    static constexpr bool kSpans = false;
+    static constexpr int kShift = 0;
+    static constexpr int column(int i) { return i; }
     EFX_INLINE static inline void round(const float* floats, uint16_t* bf16) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(bf16), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(floats)));
     }
@@ -35,6 +38,7 @@ inline __m512i broadcast(const void* four_bytes) {
 struct Bf16Bf16 : FloatSums {
     using Mask = uint32_t;
     using Value = uint16_t;
+    using Values = const Value*;
     using Element = uint16_t;
     static constexpr int kColumns = 2, kVectors = 1;
 
@@ -49,6 +53,7 @@ struct Bf16Bf16 : FloatSums {
 struct Int8Weight {
     using Mask = uint64_t;
     using Value = int8_t;
+    using Values = const Value*;
     static constexpr int kColumns = 4;
 
     EFX_INLINE static inline __m512i expand_bytes(Mask mask, const Value* values) {
@@ -56,7 +61,7 @@ struct Int8Weight {
     }
     // Column c of the 16 rows.
     template <int c>
-    EFX_INLINE static inline __m512 column(__m512i fours) {
+    EFX_INLINE static inline __m512 floats_of(__m512i fours) {
         return _mm512_cvtepi32_ps(_mm512_srai_epi32(c == 3 ? fours : _mm512_slli_epi32(fours, 24 - 8 * c), 24));
     }
 };
@@ -69,8 +74,8 @@ struct Int8Bf16 : FloatSums, Int8Weight {
 
     EFX_INLINE static inline void expand(Mask mask, const Value* values, Vector* vectors) {
         const __m512i fours = expand_bytes(mask, values);
-        vectors[0] = pair(column<0>(fours), column<1>(fours));
-        vectors[1] = pair(column<2>(fours), column<3>(fours));
+        vectors[0] = pair(floats_of<0>(fours), floats_of<1>(fours));
+        vectors[1] = pair(floats_of<2>(fours), floats_of<3>(fours));
     }
     EFX_INLINE static inline Accumulator multiply(Accumulator sum, const Vector* vectors, const Element* x) {
         sum = _mm512_dpbf16_ps(sum, (__m512bh)vectors[0], (__m512bh)broadcast(x));
@@ -92,7 +97,6 @@ struct Int8Int8 : Registers, Int8Weight {
     using Vector = __m512i;
     using Accumulator = __m512i;
     static constexpr int kVectors = 1;
-    static constexpr bool kQuantized = true;
 
     static Accumulator zero() { return _mm512_setzero_si512(); }
     static Element quantize(float x) { return static_cast<Element>(128 + nearest(x)); }
@@ -106,6 +110,98 @@ struct Int8Int8 : Registers, Int8Weight {
     EFX_INLINE static inline void finish(Accumulator sum, float* floats, const int32_t* sums) {
         const __m512i shift = _mm512_slli_epi32(_mm512_loadu_si512(sums), 7);
         _mm512_store_ps(floats, _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, shift)));
+    }
+};
+
+struct Bytes {
+    uint8_t bytes[64];
+};
+
+template <class F>
+constexpr Bytes make_bytes(F&& byte) {
+    Bytes made{};
+    for (int i = 0; i < 64; i++) made.bytes[i] = static_cast<uint8_t>(byte(i));
+    return made;
+}
+
+struct Int4Weight {
+    using Mask = uint64_t;
+    using Value = uint8_t;
+    using Values = Nibbles;
+    static constexpr bool kSpans = true;
+    static constexpr int kColumns = 4, kTile = 16;
+
+    // Bytes with a nibble each in their lower halves, and anything in their upper halves; 0 where the mask is.
+    EFX_INLINE static inline __m512i expand_nibbles(Mask mask, const Nibbles& values) {
+        // Eight nibbles come from eight bytes, for the last of them may lie in the fifth.
+        alignas(64) static constexpr Bytes kFrom = make_bytes([](int i) { return i / 8 * 4 + i % 8; });
+        alignas(64) static constexpr Bytes kShifts[2] = {make_bytes([](int i) { return i % 8 * 4; }),
+                                                         make_bytes([](int i) { return i % 8 * 4 + 4; })};
+        const __m512i bytes = _mm512_permutexvar_epi8(_mm512_load_si512(&kFrom), _mm512_loadu_si512(values.at()));
+        const __m512i shifts = _mm512_load_si512(&kShifts[values.next % 2]);
+        return _mm512_maskz_expand_epi8(mask, _mm512_multishift_epi64_epi8(shifts, bytes));
+    }
+    EFX_INLINE static inline __m512 load_scales(const uint16_t* scales, bool is_fp16) {
+        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales));
+        if (is_fp16) return _mm512_cvtph_ps(halves);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+    EFX_INLINE static inline void store(float* floats, __m512 total) { _mm512_store_ps(floats, total); }
+};
+
+// int4 times bfloat16.
+struct Int4Bf16 : Registers, Int4Weight {
+    using Element = uint16_t;
+    using Vector = __m512i;
+    using Accumulator = __m512;
+    using Int4Weight::kSpans, Int4Weight::kTile;
+    static constexpr int kVectors = 2;
+    static constexpr int blocks(int m) { return m <= 1 ? 4 : m <= 4 ? 3 : m <= 8 ? 2 : 1; }
+
+    static Accumulator zero() { return _mm512_setzero_ps(); }
+    EFX_INLINE static inline void expand(Mask mask, const Nibbles& values, Vector* vectors) {
+        // A look-up takes the lowest five bits of a word.
+        alignas(64) static constexpr uint16_t kBf16[32] = {
+            0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0, 0xC100, 0xC0E0, 0xC0C0,
+            0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0,
+            0x40C0, 0x40E0, 0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80};
+        const __m512i table = _mm512_load_si512(kBf16), nibbles = expand_nibbles(mask, values);
+        vectors[0] = _mm512_permutexvar_epi16(nibbles, table);
+        vectors[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(nibbles, 8), table);
+    }
+    EFX_INLINE static inline Accumulator multiply(Accumulator sum, const Vector* vectors, const Element* x) {
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)vectors[0], (__m512bh)broadcast(x));
+        return _mm512_dpbf16_ps(sum, (__m512bh)vectors[1], (__m512bh)broadcast(x + 2));
+    }
+    EFX_INLINE static inline __m512 add_scaled(__m512 total, Accumulator sum, __m512 scales, int32_t) {
+        return _mm512_fmadd_ps(sum, scales, total);
+    }
+};
+
+// int4 times int8. The weights are the side without a sign: 8 is added to them, zeros too.
+struct Int4Int8 : Registers, Int4Weight {
+    using Element = int8_t;
+    using Vector = __m512i;
+    using Accumulator = __m512i;
+    using Int4Weight::kSpans, Int4Weight::kTile;
+    static constexpr int kVectors = 1, kShift = 8;
+    static constexpr int blocks(int m) { return m <= 4 ? 4 : m <= 6 ? 3 : m <= 11 ? 2 : 1; }
+    static constexpr int column(int i) { return efx::kInt4Order[i]; }
+
+    static Accumulator zero() { return _mm512_setzero_si512(); }
+    static Element quantize(float x) { return static_cast<Element>(nearest(x)); }
+    EFX_INLINE static inline void expand(Mask mask, const Nibbles& values, Vector* vectors) {
+        constexpr int kAndXor = 0x6A;  // (a & b) ^ c
+        vectors[0] = _mm512_ternarylogic_epi32(expand_nibbles(mask, values), _mm512_set1_epi8(15), _mm512_set1_epi8(8),
+                                               kAndXor);
+    }
+    EFX_INLINE static inline Accumulator multiply(Accumulator sum, const Vector* vectors, const Element* x) {
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(vectors[0]), "v"(broadcast(x)));  // the intrinsic costs copies
+        return sum;
+    }
+    EFX_INLINE static inline __m512 add_scaled(__m512 total, Accumulator sum, __m512 scales, int32_t x_sum) {
+        const __m512i exact = _mm512_sub_epi32(sum, _mm512_set1_epi32(x_sum));
+        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), scales, total);
     }
 };
 
@@ -188,10 +284,40 @@ void pack_vectors(const efx::Dense& dense, const efx::Header& header, int64_t bl
     if (sums) _mm512_storeu_si512(sums, total);
 }
 
+void pack_vector_nibbles(const efx::Dense& dense, const efx::Header& header, int64_t block, uint64_t* masks,
+                         uint8_t* values) {
+    const __m512i order = _mm512_set1_epi32(efx::kInt4Order[0] | efx::kInt4Order[1] << 8 | efx::kInt4Order[2] << 16 |
+                                            efx::kInt4Order[3] << 24);
+    const __m512i rows_of_lane = _mm512_set4_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0);
+    const __m512i in_order = _mm512_add_epi8(order, rows_of_lane);
+    const int64_t first = block * kBlock;
+    const int64_t rows = dense.rows - first < kBlock ? dense.rows - first : kBlock;
+    const int8_t* weight = static_cast<const int8_t*>(dense.weight) + first * dense.columns;
+    int8_t bytes[16 * 64 + 2];  // of 16 groups, behind one that may be left of those before
+    int64_t count = 0;
+    for (int64_t group = 0; group < header.groups; group += 16) {
+        const int64_t n = header.groups - group < 16 ? header.groups - group : 16;
+        __m512i groups[16];
+        Packer::transpose(weight + 4 * group, dense.columns, rows, dense.columns - 4 * group, groups);
+        for (int64_t i = 0; i < n; i++) {
+            masks[group + i] = Packer::compress(_mm512_shuffle_epi8(groups[i], in_order), bytes + count);
+            count += __builtin_popcountll(masks[group + i]);
+        }
+        const int64_t pairs = count / 2;
+        for (int64_t i = 0; i < pairs; i++) values[i] = (bytes[2 * i] & 15) | (bytes[2 * i + 1] & 15) << 4;
+        values += pairs;
+        bytes[0] = bytes[2 * pairs];
+        count %= 2;
+    }
+    if (count) *values = bytes[0] & 15;
+}
+
 void pack_vector_block(const efx::Dense& dense, const efx::Header& header, int64_t block, void* masks, void* values,
                        int32_t* sums) {
     if (header.kind == efx::kBf16) {
         pack_vectors(dense, header, block, static_cast<uint32_t*>(masks), static_cast<uint16_t*>(values), sums);
+    } else if (efx::is_int4(header.kind)) {
+        pack_vector_nibbles(dense, header, block, static_cast<uint64_t*>(masks), static_cast<uint8_t*>(values));
     } else {
         pack_vectors(dense, header, block, static_cast<uint64_t*>(masks), static_cast<int8_t*>(values), sums);
     }
@@ -200,7 +326,9 @@ void pack_vector_block(const efx::Dense& dense, const efx::Header& header, int64
 int64_t linear(const efx::Call& call) {
     const int64_t kind = call.weight.header->kind;
     if (kind == efx::kInt8Dynamic) return Linear<Int8Int8>::run(call);
+    if (kind == efx::kInt4Dynamic) return Linear<Int4Int8>::run(call);
     if (call.type == efx::kTypeFp32) return efx::avx512.linear(call);  // nothing here helps with those
+    if (kind == efx::kInt4) return Linear<Int4Bf16>::run(call);
     return kind == efx::kBf16 ? Linear<Bf16Bf16>::run(call) : Linear<Int8Bf16>::run(call);
 }
 

@@ -24,11 +24,12 @@ struct Named {
 const Named* isas(int* count) {
 #ifdef EFX_WITH_X86
     static const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                                   __builtin_cpu_supports("bmi2");
     static const Named all[] = {
         {"avx512_bf16", &efx::avx512_bf16,
-         has_avx512 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") &&
-             __builtin_cpu_supports("avx512bf16")},
+         has_avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")},
         {"avx512", &efx::avx512, has_avx512},
         {"avx2", &efx::avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
         {"portable", &efx::portable, true},
@@ -48,18 +49,34 @@ const efx::Isa* supported_isa(int64_t index) {
 
 int64_t align(int64_t bytes) { return (bytes + efx::kAlign - 1) / efx::kAlign * efx::kAlign; }
 
-bool is_kind(int64_t kind) { return kind >= efx::kBf16 && kind <= efx::kInt8Dynamic; }
+bool is_kind(int64_t kind) { return kind >= efx::kBf16 && kind <= efx::kInt4Dynamic; }
 
-// The whole layout follows from these four numbers, which is how a buffer is checked.
-efx::Header plan(int64_t kind, int64_t rows, int64_t columns, int64_t values) {
+bool is_span(int64_t kind, int64_t columns, int64_t span) {
+    if (!efx::is_int4(kind)) return span == 0;
+    return span == columns || (span < columns && (span == 32 || span == 64 || span == 128));
+}
+
+bool is_scale_type(int64_t kind, int64_t type) {
+    return type == efx::kScaleBf16 || (efx::is_int4(kind) && type == efx::kScaleFp16);
+}
+
+int64_t scale_bytes(const efx::Header& header) {
+    if (efx::is_int8(header.kind)) return 4 * efx::kBlock * header.blocks;
+    if (!efx::is_int4(header.kind)) return 0;
+    return 2 * efx::kBlock * header.blocks * efx::count_spans(header);
+}
+
+// The whole layout follows from these numbers, which is how a buffer is checked.
+efx::Header plan(int64_t kind, int64_t rows, int64_t columns, int64_t span, int64_t scale_type, int64_t values) {
     const int64_t per_group = efx::group_columns(kind), value_size = 4 / per_group;
     efx::Header header{};
-    header.magic = efx::kMagic, header.kind = kind;
-    header.rows = rows, header.columns = columns, header.values = values;
+    header.magic = efx::kMagic + kind + 8 * scale_type + 16 * span;
+    header.kind = kind, header.rows = rows, header.columns = columns, header.values = values;
+    header.span = span, header.scale_type = scale_type;
     header.blocks = (rows + efx::kBlock - 1) / efx::kBlock;
     header.groups = ((columns + per_group - 1) / per_group + efx::kGroupPad - 1) / efx::kGroupPad * efx::kGroupPad;
     header.scales_at = align(sizeof(efx::Header));
-    header.sums_at = header.scales_at + (kind == efx::kBf16 ? 0 : align(4 * efx::kBlock * header.blocks));
+    header.sums_at = header.scales_at + align(scale_bytes(header));
     header.offsets_at = header.sums_at + (kind == efx::kInt8Dynamic ? align(4 * efx::kBlock * header.blocks) : 0);
     header.masks_at = header.offsets_at + align(8 * (header.blocks + 1));
     // 4 bits of mask per byte of weight in a group, 16 rows
@@ -77,11 +94,22 @@ bool is_packed(const void* buffer, int64_t size) {
     efx::Header header;
     if (size < static_cast<int64_t>(sizeof header) || reinterpret_cast<uintptr_t>(buffer) % 8) return false;
     std::memcpy(&header, buffer, sizeof header);
-    if (header.magic != efx::kMagic || !is_kind(header.kind) || header.size != size) return false;
-    if (!is_size(header.rows, header.columns)) return false;
+    if (!is_kind(header.kind) || header.size != size || !is_size(header.rows, header.columns)) return false;
+    if (!is_span(header.kind, header.columns, header.span)) return false;
+    if (!is_scale_type(header.kind, header.scale_type)) return false;
     if (header.values < 0 || header.values > header.rows * header.columns) return false;
-    const efx::Header expected = plan(header.kind, header.rows, header.columns, header.values);
+    const efx::Header expected =
+        plan(header.kind, header.rows, header.columns, header.span, header.scale_type, header.values);
     return std::memcmp(&header, &expected, sizeof header) == 0;
+}
+
+// Scales [rows, spans] of 16 bits to [blocks][spans][16].
+void pack_scales(const efx::Header& header, const uint16_t* scales, uint16_t* to) {
+    const int64_t spans = efx::count_spans(header);
+    for (int64_t row = 0; row < header.rows; row++) {
+        uint16_t* lane = to + row / efx::kBlock * spans * efx::kBlock + row % efx::kBlock;
+        for (int64_t span = 0; span < spans; span++) lane[span * efx::kBlock] = scales[row * spans + span];
+    }
 }
 
 // Streaming through huge pages spares misses of the address cache.
@@ -105,28 +133,29 @@ const char* efx_isa_name(int64_t index) {
 int64_t efx_isa_supported(int64_t index) { return supported_isa(index) != nullptr; }
 
 int64_t efx_packed_size(int64_t isa_index, int64_t kind, const void* weight, int64_t rows, int64_t columns,
-                        int64_t threads) {
+                        int64_t span, int64_t threads) {
     const efx::Isa* isa = supported_isa(isa_index);
     if (!isa) return efx::kUnsupported;
     if (!is_kind(kind)) return efx::kArguments;
-    if (!is_size(rows, columns) || threads < 1) return efx::kSizes;
+    if (!is_size(rows, columns) || !is_span(kind, columns, span) || threads < 1) return efx::kSizes;
     const efx::Dense dense{weight, rows, columns};
     const int64_t blocks = (rows + efx::kBlock - 1) / efx::kBlock;
     int64_t values = 0;
 #pragma omp parallel for schedule(static) reduction(+ : values) num_threads(threads)
     for (int64_t block = 0; block < blocks; block++) values += isa->count(dense, kind, block);
-    return plan(kind, rows, columns, values).size;
+    return plan(kind, rows, columns, span, efx::kScaleBf16, values).size;
 }
 
 int64_t efx_pack(int64_t isa_index, int64_t kind, const void* weight, int64_t rows, int64_t columns,
-                 const float* scales, void* buffer, int64_t size, int64_t threads) {
+                 int64_t span, int64_t scale_type, const void* scales, void* buffer, int64_t size, int64_t threads) {
     const efx::Isa* isa = supported_isa(isa_index);
     if (!isa) return efx::kUnsupported;
     if (!is_kind(kind) || (kind != efx::kBf16) != (scales != nullptr)) return efx::kArguments;
-    if (!is_size(rows, columns) || threads < 1) return efx::kSizes;
+    if (!is_scale_type(kind, scale_type)) return efx::kArguments;
+    if (!is_size(rows, columns) || !is_span(kind, columns, span) || threads < 1) return efx::kSizes;
     const efx::Dense dense{weight, rows, columns};
     const int64_t value_size = 4 / efx::group_columns(kind), mask_size = 2 * efx::group_columns(kind);
-    efx::Header header = plan(kind, rows, columns, 0);
+    efx::Header header = plan(kind, rows, columns, span, scale_type, 0);
     if (size < header.size || reinterpret_cast<uintptr_t>(buffer) % 8) return efx::kSizes;
     char* base = static_cast<char*>(buffer);
     use_huge_pages(base, size);
@@ -135,10 +164,14 @@ int64_t efx_pack(int64_t isa_index, int64_t kind, const void* weight, int64_t ro
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t block = 0; block < header.blocks; block++) offsets[block + 1] = isa->count(dense, kind, block);
     for (int64_t block = 0; block < header.blocks; block++) offsets[block + 1] += offsets[block];
-    header = plan(kind, rows, columns, offsets[header.blocks]);
+    header = plan(kind, rows, columns, span, scale_type, offsets[header.blocks]);
     if (header.size != size) return efx::kSizes;
     std::memcpy(base, &header, sizeof header);
-    if (scales) std::memcpy(base + header.scales_at, scales, 4 * rows);
+    if (efx::is_int8(kind)) std::memcpy(base + header.scales_at, scales, 4 * rows);
+    if (efx::is_int4(kind)) {
+        pack_scales(header, static_cast<const uint16_t*>(scales),
+                    reinterpret_cast<uint16_t*>(base + header.scales_at));
+    }
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t block = 0; block < header.blocks; block++) {
         int32_t* sums = kind == efx::kInt8Dynamic ? reinterpret_cast<int32_t*>(base + header.sums_at) : nullptr;

@@ -1,7 +1,9 @@
 // Dots for instruction sets that multiply floats: weights and activations are widened to 32 bits.
 //
-// A `Simd` has `Floats`, 16 of them, with zero(), load(from), store(to, floats), multiply_add(sum, floats, x), and
-//   expand_pairs(mask, values, floats)   bfloat16 groups to floats[2], one column of 16 rows each
+// A `Simd` has `Floats`, 16 of them, with zero(), load(from), store(to, floats), multiply_add(sum, floats, x) for floats
+// or one x, and
+//   expand_pairs(mask, values, floats)     bfloat16 groups to floats[2], one column of 16 rows each
+//   expand_nibbles(mask, nibbles, floats)  int4 groups to floats[4]
 // and kTile, blocks(m) as in linear.hpp, for the number of its registers.
 #pragma once
 
@@ -15,8 +17,12 @@ struct FloatDot : Simd {
     using Vector = typename Simd::Floats;
     using Accumulator = typename Simd::Floats;
     using Element = float;
-    static constexpr bool kQuantized = false;
+    static constexpr bool kSpans = false;
+    static constexpr int kShift = 0;
+    static constexpr int column(int i) { return i; }
 
+    // Quantized activations are integers in floats.
+    static float quantize(float x) { return static_cast<float>(nearest(x)); }
     EFX_INLINE static inline void finish(const Accumulator& sum, float* floats, const int32_t*) {
         Simd::store(floats, sum);
     }
@@ -29,6 +35,7 @@ template <class Simd>
 struct Bf16Float : FloatDot<Simd> {
     using Mask = uint32_t;
     using Value = uint16_t;
+    using Values = const Value*;
     static constexpr int kColumns = 2, kVectors = 2;
 
     EFX_INLINE static inline void expand(Mask mask, const Value* values, typename Simd::Floats* vectors) {
@@ -41,21 +48,11 @@ struct Bf16Float : FloatDot<Simd> {
     }
 };
 
-// int8 weights are expanded value by value.
 template <class Simd>
-struct Int8Float : FloatDot<Simd> {
+struct FourColumns : FloatDot<Simd> {
     using Mask = uint64_t;
-    using Value = int8_t;
     static constexpr int kColumns = 4, kVectors = 4;
 
-    static void expand(Mask mask, const Value* values, typename Simd::Floats* vectors) {
-        alignas(64) float floats[4][kBlock] = {};
-        for (; mask; mask &= mask - 1) {
-            const int bit = __builtin_ctzll(mask);
-            floats[bit % 4][bit / 4] = *values++;
-        }
-        unroll<4>([&](auto c) EFX_INLINE { vectors[c] = Simd::load(floats[c]); });
-    }
     EFX_INLINE static inline typename Simd::Floats multiply(typename Simd::Floats sum,
                                                             const typename Simd::Floats* vectors, const float* x) {
         unroll<4>([&](auto c) EFX_INLINE { sum = Simd::multiply_add(sum, vectors[c], x[c]); });
@@ -63,11 +60,56 @@ struct Int8Float : FloatDot<Simd> {
     }
 };
 
-// Quantized activations are integers in floats.
+// int8 weights are expanded value by value.
 template <class Simd>
-struct Int8Quantized : Int8Float<Simd> {
-    static constexpr bool kQuantized = true;
-    static float quantize(float x) { return static_cast<float>(nearest(x)); }
+struct Int8Float : FourColumns<Simd> {
+    using Value = int8_t;
+    using Values = const Value*;
+
+    static void expand(uint64_t mask, const Value* values, typename Simd::Floats* vectors) {
+        alignas(64) float floats[4][kBlock] = {};
+        for (; mask; mask &= mask - 1) {
+            const int bit = __builtin_ctzll(mask);
+            floats[bit % 4][bit / 4] = *values++;
+        }
+        unroll<4>([&](auto c) EFX_INLINE { vectors[c] = Simd::load(floats[c]); });
+    }
+};
+
+inline float half_to_float(uint16_t half) {
+    const uint32_t magnitude = uint32_t{half} << 13 & 0x0FFFE000;
+    float value;
+    std::memcpy(&value, &magnitude, 4);
+    value *= 0x1p112f;  // from one bias of the exponent to the other, denormals too
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    bits |= (half & 0x7C00) == 0x7C00 ? 0x7F800000 : 0;  // infinities and NaNs
+    bits |= uint32_t{half} << 16 & 0x80000000;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// A block at a time: its four vectors, and those of the next group, take many registers.
+template <class Simd>
+struct Int4Float : FourColumns<Simd> {
+    using Value = uint8_t;
+    using Values = Nibbles;
+    using Floats = typename Simd::Floats;
+    static constexpr bool kSpans = true;
+    static constexpr int kTile = Simd::kTile < 16 ? Simd::kTile : 16;
+    static constexpr int blocks(int) { return 1; }
+
+    EFX_INLINE static inline void expand(uint64_t mask, const Nibbles& values, Floats* vectors) {
+        Simd::expand_nibbles(mask, values, vectors);
+    }
+    static Floats load_scales(const uint16_t* scales, bool is_fp16) {
+        alignas(64) float floats[kBlock];
+        for (int i = 0; i < kBlock; i++) floats[i] = is_fp16 ? half_to_float(scales[i]) : to_float(scales[i]);
+        return Simd::load(floats);
+    }
+    EFX_INLINE static inline Floats add_scaled(const Floats& total, const Floats& sum, const Floats& scales, int32_t) {
+        return Simd::multiply_add(total, sum, scales);
+    }
 };
 
 template <class Simd>
@@ -76,9 +118,10 @@ int64_t linear(const efx::Call& call) {
         case efx::kBf16:
             return Linear<Bf16Float<Simd>>::run(call);
         case efx::kInt8:
+        case efx::kInt8Dynamic:
             return Linear<Int8Float<Simd>>::run(call);
         default:
-            return Linear<Int8Quantized<Simd>>::run(call);
+            return Linear<Int4Float<Simd>>::run(call);
     }
 }
 

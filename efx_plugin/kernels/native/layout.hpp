@@ -6,12 +6,18 @@
 // under its mask, a group is what the dot-product instructions take: a product with one activation per column, the same
 // for all lanes, adds to 16 rows at once.
 //
+// Values of 4 bits are in groups like those of 8 bits, but that the columns of a row come in the order 0, 2, 1, 3: every
+// other byte of an expanded group is then one of a pair of adjacent columns. Two values are in a byte, the first in its
+// lower half, and a block begins with a byte of its own. Their scales change along the columns: every 32, 64 or 128 of
+// them, the last ones maybe fewer, or all, are a span, which has one scale per row.
+//
 //   Header
 //   scales   float [16 * blocks]         of int8 rows, 0 beyond the last row (only for int8)
+//            uint16 [blocks][spans][16]  bfloat16 or float16 of int4 (only for int4)
 //   sums     int32 [16 * blocks]         of the values of each row (only for int8 with quantized activations)
-//   offsets  int64 [blocks + 1]          where each block's values begin, in values
+//   offsets  int64 [blocks + 1]          where each block's values begin, in values, or in bytes for int4
 //   masks    uint32 or uint64 [blocks * groups]
-//   values   uint16 or int8 [values]     and 64 bytes of slack, for vectors are loaded whole
+//   values   uint16, int8, or two int4 to a byte, and 64 bytes of slack, for vectors are loaded whole
 //
 // All sections begin at multiples of 64 bytes. Nothing in the buffer is an address, so it may be copied.
 #pragma once
@@ -31,9 +37,13 @@ enum Kind : int64_t {
     kBf16 = 0,
     kInt8 = 1,         // activations stay as they are
     kInt8Dynamic = 2,  // activations are quantized per row: x = scale * int8 with scale = max |x| / 127
+    kInt4 = 3,
+    kInt4Dynamic = 4,
 };
 
 enum Type : int64_t { kTypeBf16 = 0, kTypeFp32 = 1 };  // of activations, bias and result
+
+enum ScaleType : int64_t { kScaleBf16 = 0, kScaleFp16 = 1 };  // of the scales of int4; of other kinds the first
 
 // What goes wrong, as the functions of entry.cpp return it; see native/__init__.py.
 enum Status : int64_t {
@@ -44,19 +54,34 @@ enum Status : int64_t {
     kMemory = -4,
 };
 
+// The magic number differs also by what changes no section's place. `span` counts columns, and is 0 but for int4;
+// `values` counts what offsets count.
 struct Header {
-    int64_t magic, kind, rows, columns, blocks, groups, values;
+    int64_t magic, kind, rows, columns, span, scale_type, blocks, groups, values;
     int64_t scales_at, sums_at, offsets_at, masks_at, values_at, size;  // bytes from the start of the buffer
 };
 
 inline int64_t group_columns(int64_t kind) { return kind == kBf16 ? 2 : 4; }
+inline bool is_int8(int64_t kind) { return kind == kInt8 || kind == kInt8Dynamic; }
+inline bool is_int4(int64_t kind) { return kind == kInt4 || kind == kInt4Dynamic; }
+inline bool is_dynamic(int64_t kind) { return kind == kInt8Dynamic || kind == kInt4Dynamic; }
+
+// Of int4.
+inline int64_t count_spans(const Header& header) { return (header.columns + header.span - 1) / header.span; }
+
+// The column, of four, in each place of a row of int4; and the place of each column.
+constexpr int kInt4Order[4] = {0, 2, 1, 3};
 
 // The weight of a buffer: its header, and where its sections are.
 struct Weight {
     const Header* header;
     const char* base;
 
-    const float* scales() const { return header->kind == kBf16 ? nullptr : at<float>(header->scales_at); }
+    const float* scales() const { return is_int8(header->kind) ? at<float>(header->scales_at) : nullptr; }
+    // Of a block of int4.
+    const uint16_t* span_scales(int64_t block) const {
+        return at<uint16_t>(header->scales_at) + block * count_spans(*header) * kBlock;
+    }
     const int32_t* sums() const { return at<int32_t>(header->sums_at); }
     const int64_t* offsets() const { return at<int64_t>(header->offsets_at); }
     template <class Mask>
@@ -95,7 +120,7 @@ struct Dense {
 // One instruction set.
 struct Isa {
     int64_t (*linear)(const Call&);
-    // Values under the mask of a block, and the masks and values themselves.
+    // How far a block's values reach, in what offsets count; and its masks and values themselves.
     int64_t (*count)(const Dense&, int64_t kind, int64_t block);
     void (*pack)(const Dense&, const Header&, int64_t block, void* masks, void* values, int32_t* sums);
 };

@@ -2,14 +2,21 @@
 //
 // A `Dot` says how one kind of weight meets one kind of activation:
 //   Mask, Value            of the packed weight; kColumns columns per group
+//   Values                 a place among values: a pointer, or Nibbles
 //   Element                what activations are converted to; a group's kColumns of them lie together
+//   column(i)              which of a group's columns is the i-th of them
 //   kVectors               vectors that a group expands to
 //   Vector, Accumulator    16 rows
 //   expand(mask, values, vectors)            the group's vectors, from whole vectors of values
 //   multiply(accumulator, vectors, elements) add the products with one row of activations
+//   quantize(float)                          an element; not for elements that are bfloat16
 //   finish(accumulator, floats, sums)        16 floats
 //   round(floats, bf16)                      and their roundings
-//   kQuantized             whether elements are int8 with a scale per row of activations
+//   kSpans                 whether scales change along the columns; if so there is no finish, but
+//     load_scales(scales, is_fp16)           16 of them, as Floats
+//     add_scaled(total, accumulator, scales, x_sum)  a span's sums, to Floats
+//     store(floats, total)
+//     kShift               added to weights to make them unsigned, or 0: x_sum is that times the span's elements
 //   kTile                  rows of activations whose sums fill the registers, beside the vectors of two groups
 //   blocks(m)              blocks for which they do, of m <= kTile rows
 //
@@ -18,7 +25,8 @@
 // serve all further tiles of activations: the speed is that of the products.
 //
 // Every element of the result is summed in the order of the columns into one accumulator, whichever way is taken: it
-// depends neither on the other rows of the batch nor on the number of threads.
+// depends neither on the other rows of the batch nor on the number of threads. Where scales change along the columns,
+// the accumulator begins again with each span, and its sums are added to totals, which lie in memory.
 #pragma once
 
 #include <omp.h>
@@ -79,6 +87,26 @@ inline int32_t nearest(float value) {
     return bits - 0x4B400000;
 }
 
+inline uint64_t load64(const uint8_t* bytes) {
+    uint64_t value;
+    std::memcpy(&value, bytes, 8);
+    return value;
+}
+
+// A place among values of 4 bits.
+struct Nibbles {
+    const uint8_t* bytes;
+    uint64_t next = 0;
+
+    const uint8_t* at() const { return bytes + next / 2; }
+    int bit() const { return next % 2 * 4; }
+    uint64_t sixteen() const { return load64(at()) >> bit() | load64(at() + 1) << (8 - bit()); }
+    void operator+=(int n) { next += n; }
+};
+
+inline const char* address(const void* values) { return static_cast<const char*>(values); }
+inline const char* address(const Nibbles& values) { return reinterpret_cast<const char*>(values.at()); }
+
 // Memory that lives as long as the thread that calls, so that a call allocates only when it needs more than any before.
 char* workspace(int64_t size) {
     struct Memory {
@@ -102,26 +130,25 @@ struct Result {
     const efx::Call& call;
     int64_t first_row;      // rows of activations are counted from it
     const float* x_scales;  // of each of them, or null
+    const int32_t* x_sums;  // of each of them, for each span: [spans][m]; or null
+    int64_t m;
 
-    void write(const float* sums, int64_t m, int64_t block) const {
+    void write(const float* sums, int64_t row, int64_t block) const {
         const int64_t first = block * kBlock;
         const float* scales = call.weight.scales();
+        const float x_scale = x_scales ? x_scales[row] : 1.0f;
         float y[kBlock];
-        std::memcpy(y, sums, sizeof y);
-        if (scales) {
-            const float x_scale = x_scales ? x_scales[m] : 1.0f;
-            for (int i = 0; i < kBlock; i++) y[i] *= scales[first + i] * x_scale;
-        }
+        for (int i = 0; i < kBlock; i++) y[i] = sums[i] * (scales ? scales[first + i] * x_scale : x_scale);
         if (call.type == efx::kTypeBf16) {
-            add_bias_and_store<uint16_t>(y, m, first);
+            add_bias_and_store<uint16_t>(y, row, first);
         } else {
-            add_bias_and_store<float>(y, m, first);
+            add_bias_and_store<float>(y, row, first);
         }
     }
 
    private:
     template <class T>
-    void add_bias_and_store(float* y, int64_t m, int64_t first) const {
+    void add_bias_and_store(float* y, int64_t row, int64_t first) const {
         const int64_t rows = call.weight.header->rows;
         const int64_t n = rows - first < kBlock ? rows - first : kBlock;
         if (call.bias) {
@@ -134,7 +161,7 @@ struct Result {
         } else {
             std::memcpy(rounded, y, sizeof rounded);
         }
-        T* to = static_cast<T*>(call.y) + (first_row + m) * rows + first;
+        T* to = static_cast<T*>(call.y) + (first_row + row) * rows + first;
         if (n == kBlock) {
             std::memcpy(to, rounded, sizeof rounded);
         } else {
@@ -147,30 +174,75 @@ template <class Dot>
 struct Linear {
     using Mask = typename Dot::Mask;
     using Value = typename Dot::Value;
+    using Values = typename Dot::Values;
     using Element = typename Dot::Element;
     using Vector = typename Dot::Vector;
     using Accumulator = typename Dot::Accumulator;
+    using Total = typename Dot::Floats;
 
     static constexpr int kColumns = Dot::kColumns;
     static constexpr int kVectors = Dot::kVectors;
     static constexpr int64_t kChunk = 256 / kVectors;  // groups expanded at a time
     static constexpr int64_t kRowsAtOnce = 512;        // of activations, which bounds the workspace
     static constexpr int64_t kAhead = 2048;            // bytes of values to prefetch ahead
+    static constexpr int64_t kMostTotals = 32;         // of the blocks that are multiplied at once
 
     struct Stream {
         const Mask* masks;
-        const Value* values;
+        Values values;
+        const uint16_t* scales;  // of the span, where there are spans
     };
 
     static Stream stream(const efx::Weight& weight, int64_t block) {
         return {weight.masks<Mask>() + block * weight.header->groups,
-                weight.values<Value>() + weight.offsets()[block]};
+                Values{weight.values<Value>() + weight.offsets()[block]},
+                Dot::kSpans ? weight.span_scales(block) : nullptr};
+    }
+
+    // Where the span of a group ends, and the next ones; counted in groups.
+    struct Spans {
+        int64_t end, length, last;
+        const int32_t* x_sums;  // of the first of the rows of activations, or null
+        int64_t m;              // all rows of activations
+        bool is_fp16;
+    };
+
+    static Spans spans(const Result<Dot>& result, int64_t row, int64_t group) {
+        if constexpr (!Dot::kSpans) return {};
+        const efx::Header& header = *result.call.weight.header;
+        const int64_t length = header.span < header.columns ? header.span / kColumns : header.groups;
+        const int64_t span = group / length;
+        const int64_t next = (span + 1) * length;
+        return {next < header.groups ? next : header.groups,
+                length,
+                header.groups,
+                result.x_sums ? result.x_sums + span * result.m + row : nullptr,
+                result.m,
+                header.scale_type == efx::kScaleFp16};
+    }
+
+    // Add the sums of a span to the totals [kBlocks][M], and begin the next one.
+    template <int M, int kBlocks>
+    EFX_INLINE static inline void end_span(Stream* streams, Spans& spans, Accumulator (&sums)[kBlocks][M],
+                                           Total* totals) {
+        unroll<kBlocks>([&](auto b) EFX_INLINE {
+            const Total scales = Dot::load_scales(streams[b].scales, spans.is_fp16);
+            streams[b].scales += kBlock;
+            unroll<M>([&](auto m) EFX_INLINE {
+                Total& total = totals[b * M + m];
+                total = Dot::add_scaled(total, sums[b][m], scales, Dot::kShift ? spans.x_sums[m] : 0);
+                sums[b][m] = Dot::zero();
+            });
+        });
+        if (Dot::kShift) spans.x_sums += spans.m;
+        const int64_t next = spans.end + spans.length;
+        spans.end = next < spans.last ? next : spans.last;
     }
 
     EFX_INLINE static inline void next_group(Stream& stream, int64_t group, Vector* vectors) {
         const Mask mask = stream.masks[group];
         Dot::expand(mask, stream.values, vectors);
-        __builtin_prefetch(reinterpret_cast<const char*>(stream.values) + kAhead);
+        __builtin_prefetch(address(stream.values) + kAhead);
         stream.values += sizeof(Mask) == 4 ? __builtin_popcount(mask) : __builtin_popcountll(mask);
         if (group % 8 == 0) {
             __builtin_prefetch(reinterpret_cast<const char*>(stream.masks + group) + kAhead / 4);
@@ -181,34 +253,45 @@ struct Linear {
     // memory are read faster than one.
     template <int M, int kBlocks>
     __attribute__((noinline)) static void direct(const efx::Weight& weight, const Element* x, int64_t block,
-                                                 int64_t stride, const Result<Dot>& result) {
+                                                 int64_t stride, const Result<Dot>& result, Total* totals) {
+        static_assert(kBlocks * M <= kMostTotals);
         Accumulator sums[kBlocks][M];
         Stream streams[kBlocks];
         unroll<kBlocks>([&](auto b) EFX_INLINE {
             streams[b] = stream(weight, block + b * stride);
-            unroll<M>([&](auto m) EFX_INLINE { sums[b][m] = Dot::zero(); });
+            load_sums<M>(sums[b], nullptr, at(totals, b * M), true);
         });
-        expand_and_multiply<M, kBlocks, false>(streams, 0, weight.header->groups, x, nullptr, sums);
+        expand_and_multiply<M, kBlocks, false>(streams, 0, weight.header->groups, x, nullptr, sums,
+                                               spans(result, 0, 0), totals);
         unroll<kBlocks>([&](auto b) EFX_INLINE {
-            unroll<M>([&](auto m) EFX_INLINE { finish(sums[b][m], block + b * stride, result, m); });
+            unroll<M>([&](auto m) EFX_INLINE {
+                finish(sums[b][m], at(totals, b * M + m), block + b * stride, result, m);
+            });
         });
     }
 
-    EFX_INLINE static inline void finish(const Accumulator& sum, int64_t block, const Result<Dot>& result, int64_t m) {
+    // Without spans there are no totals.
+    static Total* at(Total* totals, int64_t i) { return Dot::kSpans ? totals + i : nullptr; }
+
+    EFX_INLINE static inline void finish(const Accumulator& sum, const Total* total, int64_t block,
+                                         const Result<Dot>& result, int64_t m) {
         alignas(64) float floats[kBlock];
-        const efx::Weight& weight = result.call.weight;
-        Dot::finish(sum, floats, Dot::kQuantized ? weight.sums() + block * kBlock : nullptr);
+        if constexpr (Dot::kSpans) {
+            Dot::store(floats, *total);
+        } else {
+            Dot::finish(sum, floats, result.call.weight.sums() + block * kBlock);
+        }
         result.write(floats, m, block);
     }
 
     template <int M>
     static void direct_share(const efx::Weight& weight, const Element* x, int64_t begin, int64_t end,
-                             const Result<Dot>& result) {
+                             const Result<Dot>& result, Total* totals) {
         constexpr int kBlocks = Dot::blocks(M);
         const int64_t stride = (end - begin) / kBlocks;
-        for (int64_t i = 0; i < stride; i++) direct<M, kBlocks>(weight, x, begin + i, stride, result);
+        for (int64_t i = 0; i < stride; i++) direct<M, kBlocks>(weight, x, begin + i, stride, result, totals);
         for (int64_t block = begin + stride * kBlocks; block < end; block++) {
-            direct<M, 1>(weight, x, block, 0, result);
+            direct<M, 1>(weight, x, block, 0, result, totals);
         }
     }
 
@@ -216,23 +299,27 @@ struct Linear {
     // the expansion costs less among products than by itself.
     template <int M>
     __attribute__((noinline)) static void expand_tile(Stream* stream, int64_t begin, int64_t n, const Element* x,
-                                                      Vector* panel, Accumulator* partial) {
+                                                      Vector* panel, Accumulator* partial, Spans spans,
+                                                      Total* totals) {
         Accumulator sums[1][M];
-        load_sums<M>(sums[0], partial, begin == 0);
+        load_sums<M>(sums[0], partial, totals, begin == 0);
         Stream local[1] = {*stream};
-        expand_and_multiply<M, 1, true>(local, begin, n, x, panel, sums);
+        expand_and_multiply<M, 1, true>(local, begin, n, x, panel, sums, spans, totals);
         *stream = local[0];
         store_sums<M>(sums[0], partial);
     }
 
-    // The same with groups that have been expanded.
+    // The same with groups that have been expanded, of a stream that stood at `begin`.
     template <int M>
-    __attribute__((noinline)) static void tile(const Vector* panel, int64_t n, const Element* x, Accumulator* partial,
-                                               bool is_first) {
+    __attribute__((noinline)) static void tile(Stream stream, int64_t begin, int64_t n, const Element* x,
+                                               const Vector* panel, Accumulator* partial, Spans spans, Total* totals) {
         Accumulator sums[1][M];
-        load_sums<M>(sums[0], partial, is_first);
+        load_sums<M>(sums[0], partial, totals, begin == 0);
         for (int64_t group = 0; group < n; group++) {
             multiply<M, 1>(sums, panel + group * kVectors, x + group * M * kColumns);
+            if constexpr (Dot::kSpans) {
+                if (begin + group + 1 == spans.end) end_span<M, 1>(&stream, spans, sums, totals);
+            }
         }
         store_sums<M>(sums[0], partial);
     }
@@ -253,7 +340,8 @@ struct Linear {
     // Products of n groups, each expanded among the products of the one before, and stored to `panel` if kStore.
     template <int M, int kBlocks, bool kStore>
     EFX_INLINE static inline void expand_and_multiply(Stream* streams, int64_t begin, int64_t n, const Element* x,
-                                                      Vector* panel, Accumulator (&sums)[kBlocks][M]) {
+                                                      Vector* panel, Accumulator (&sums)[kBlocks][M], Spans spans,
+                                                      Total* totals) {
         Vector vectors[kBlocks * kVectors], next[kBlocks * kVectors];
         const auto expand = [&](auto b, int64_t group, Vector* to) EFX_INLINE {
             next_group(streams[b], begin + group, to + b * kVectors);
@@ -271,14 +359,26 @@ struct Linear {
                 });
             });
             unroll<kBlocks * kVectors>([&](auto i) EFX_INLINE { vectors[i] = next[i]; });
+            if constexpr (Dot::kSpans) {
+                if (begin + group == spans.end) end_span<M, kBlocks>(streams, spans, sums, totals);
+            }
         }
         multiply<M, kBlocks>(sums, vectors, x);
+        if constexpr (Dot::kSpans) {
+            if (begin + n == spans.end) end_span<M, kBlocks>(streams, spans, sums, totals);
+        }
     }
 
-    // Sums are kept in `partial` [M] between the chunks of a row.
+    // Sums are kept in `partial` [M] between the chunks of a row, and the totals [M] where they are.
     template <int M>
-    EFX_INLINE static inline void load_sums(Accumulator (&sums)[M], const Accumulator* partial, bool is_first) {
-        unroll<M>([&](auto m) EFX_INLINE { sums[m] = is_first ? Dot::zero() : partial[m]; });
+    EFX_INLINE static inline void load_sums(Accumulator (&sums)[M], const Accumulator* partial, Total* totals,
+                                            bool is_first) {
+        unroll<M>([&](auto m) EFX_INLINE {
+            sums[m] = is_first ? Dot::zero() : partial[m];
+            if constexpr (Dot::kSpans) {
+                if (is_first) totals[m] = Total{};
+            }
+        });
     }
 
     template <int M>
@@ -297,24 +397,26 @@ struct Linear {
 
     // All rows of activations, in chunks of tiles [groups of the chunk][rows of the tile][kColumns], times a block.
     static void panel_product(const efx::Weight& weight, const Element* x, const Tiles& tiles, int64_t block,
-                              Vector* panel, Accumulator* partials, const Result<Dot>& result) {
+                              Vector* panel, Accumulator* partials, const Result<Dot>& result, Total* totals) {
         const int64_t groups = weight.header->groups, chunk = tiles.chunk();
         Stream values = stream(weight, block);
         for (int64_t begin = 0; begin < groups; begin += chunk) {
             const int64_t n = groups - begin < chunk ? groups - begin : chunk;
+            const Stream start = values;
             for (int64_t i = 0; i < tiles.count; i++) {
                 const int64_t row = tiles.first(i), rows = tiles.first(i + 1) - row;
                 const Element* elements = x + (begin * tiles.m + row * n) * kColumns;
+                const Spans ends = spans(result, row, begin);
                 with_rows<(Dot::kTile + 1) / 2, Dot::kTile>(rows, [&](auto rows_of_tile) EFX_INLINE {
                     if (i == 0) {
-                        expand_tile<rows_of_tile>(&values, begin, n, elements, panel, partials);
+                        expand_tile<rows_of_tile>(&values, begin, n, elements, panel, partials, ends, totals);
                     } else {
-                        tile<rows_of_tile>(panel, n, elements, partials + row, begin == 0);
+                        tile<rows_of_tile>(start, begin, n, elements, panel, partials + row, ends, at(totals, row));
                     }
                 });
             }
         }
-        for (int64_t row = 0; row < tiles.m; row++) finish(partials[row], block, result, row);
+        for (int64_t row = 0; row < tiles.m; row++) finish(partials[row], at(totals, row), block, result, row);
     }
 
     // f(Index<rows>), for kLeast <= rows <= kMost.
@@ -350,6 +452,25 @@ struct Linear {
         return to_float(value);
     }
 
+    // kShift times the sums of a row's elements in each span, to every m-th place.
+    static void sum_spans(const efx::Call& call, int64_t row, float scale, int32_t* to, int64_t m) {
+        const auto sum = [&](const auto* x) {
+            const efx::Header& header = *call.weight.header;
+            x += row * header.columns;
+            for (int64_t begin = 0; begin < header.columns; begin += header.span, to += m) {
+                const int64_t end = begin + header.span < header.columns ? begin + header.span : header.columns;
+                int32_t total = 0;
+                for (int64_t i = begin; i < end; i++) total += Dot::quantize(to_float(x[i]) * inverse(scale));
+                *to = Dot::kShift * total;
+            }
+        };
+        if (call.type == efx::kTypeBf16) {
+            sum(static_cast<const uint16_t*>(call.x));
+        } else {
+            sum(static_cast<const float*>(call.x));
+        }
+    }
+
     // 0 also for a scale so small that its inverse is no number.
     static float inverse(float scale) {
         const float inverse = 1 / scale;
@@ -359,28 +480,30 @@ struct Linear {
     // Activations of rows [row, row + m), groups [begin, begin + n), to [n][m][kColumns].
     static void pack_x(const Result<Dot>& result, int64_t row, int64_t m, int64_t begin, int64_t n, Element* to) {
         const int64_t columns = result.call.weight.header->columns;
+        const bool is_quantized = result.x_scales != nullptr;
         const auto pack = [&](const auto* x, auto as_float) EFX_INLINE {
             using From = std::remove_cv_t<std::remove_reference_t<decltype(*x)>>;
             for (int64_t i = 0; i < m; i++) {
-                const float scale = Dot::kQuantized ? inverse(result.x_scales[row + i]) : 1;
+                const float scale = is_quantized ? inverse(result.x_scales[row + i]) : 1;
                 const auto convert = [&](From value) EFX_INLINE -> Element {
-                    if constexpr (Dot::kQuantized) {
-                        return Dot::quantize(as_float(value) * scale);
-                    } else if constexpr (sizeof(Element) == 2) {
+                    if constexpr (sizeof(Element) == 2) {
                         return value;  // bfloat16 both
                     } else {
-                        return as_float(value);
+                        return is_quantized ? Dot::quantize(as_float(value) * scale) : Element(as_float(value));
                     }
                 };
                 const From* from = x + (result.first_row + row + i) * columns + begin * kColumns;
                 const int64_t here = columns - begin * kColumns < n * kColumns ? columns - begin * kColumns : n * kColumns;
                 int64_t column = 0;
                 for (; column + kColumns <= here; column += kColumns) {
-                    for (int c = 0; c < kColumns; c++) to[column * m + i * kColumns + c] = convert(from[column + c]);
+                    for (int c = 0; c < kColumns; c++) {
+                        to[column * m + i * kColumns + c] = convert(from[column + Dot::column(c)]);
+                    }
                 }
                 for (; column < n * kColumns; column += kColumns) {
                     for (int c = 0; c < kColumns; c++) {
-                        to[column * m + i * kColumns + c] = convert(column + c < here ? from[column + c] : From{});
+                        const int64_t k = column + Dot::column(c);
+                        to[column * m + i * kColumns + c] = convert(k < here ? from[k] : From{});
                     }
                 }
             }
@@ -408,23 +531,30 @@ struct Linear {
         // One row of bfloat16 that needs no padding is read where it is.
         const bool in_place = m == 1 && sizeof(Element) == 2 && header.columns == groups * kColumns;
         const int64_t x_bytes = in_place ? 0 : align(m * groups * kColumns * sizeof(Element));
-        const int64_t scale_bytes = Dot::kQuantized ? align(m * sizeof(float)) : 0;
+        const bool is_quantized = efx::is_dynamic(header.kind);
+        const int64_t scale_bytes = is_quantized ? align(m * sizeof(float)) : 0;
+        const int64_t sum_bytes = Dot::kShift ? align(m * efx::count_spans(header) * sizeof(int32_t)) : 0;
         const int64_t panel_bytes = is_direct ? 0 : tiles.chunk() * kVectors * sizeof(Vector);
         const int64_t partial_bytes = is_direct ? 0 : m * sizeof(Accumulator);
-        const int64_t thread_bytes = align(panel_bytes + partial_bytes);
-        const int64_t bytes = x_bytes + scale_bytes + thread_bytes * call.threads;
+        const int64_t total_bytes = Dot::kSpans ? (is_direct ? kMostTotals : m) * sizeof(Total) : 0;
+        const int64_t thread_bytes = align(panel_bytes + partial_bytes + total_bytes);
+        const int64_t bytes = x_bytes + scale_bytes + sum_bytes + thread_bytes * call.threads;
         char* memory = bytes ? workspace(bytes) : nullptr;
         if (bytes && !memory) return efx::kMemory;
         auto* packed_x = reinterpret_cast<Element*>(memory);
         auto* x_scales = reinterpret_cast<float*>(memory + x_bytes);
-        const Result<Dot> result{call, first_row, Dot::kQuantized ? x_scales : nullptr};
+        auto* x_sums = reinterpret_cast<int32_t*>(memory + x_bytes + scale_bytes);
+        const Result<Dot> result{call, first_row, is_quantized ? x_scales : nullptr, Dot::kShift ? x_sums : nullptr, m};
 
 #pragma omp parallel num_threads(call.threads)
         {
             const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-            if (Dot::kQuantized) {
+            if (is_quantized) {
 #pragma omp for schedule(static)
-                for (int64_t i = 0; i < m; i++) x_scales[i] = element_scale(call, first_row + i);
+                for (int64_t i = 0; i < m; i++) {
+                    x_scales[i] = element_scale(call, first_row + i);
+                    if constexpr (Dot::kShift != 0) sum_spans(call, first_row + i, x_scales[i], x_sums + i, m);
+                }
             }
             if (!in_place) {
                 const int64_t step = is_direct ? kChunk : tiles.chunk();
@@ -439,15 +569,17 @@ struct Linear {
             }
             const Element* x = in_place ? static_cast<const Element*>(call.x) + first_row * header.columns : packed_x;
             const int64_t begin = blocks * thread / threads, end = blocks * (thread + 1) / threads;
+            char* mine = memory + x_bytes + scale_bytes + sum_bytes + thread * thread_bytes;
+            auto* totals = reinterpret_cast<Total*>(mine + panel_bytes + partial_bytes);
             if (is_direct) {
                 with_rows<1, Dot::kTile>(m, [&](auto rows) EFX_INLINE {
-                    direct_share<rows>(call.weight, x, begin, end, result);
+                    direct_share<rows>(call.weight, x, begin, end, result, totals);
                 });
             } else {
-                auto* panel = reinterpret_cast<Vector*>(memory + x_bytes + scale_bytes + thread * thread_bytes);
-                auto* partials = reinterpret_cast<Accumulator*>(reinterpret_cast<char*>(panel) + panel_bytes);
+                auto* panel = reinterpret_cast<Vector*>(mine);
+                auto* partials = reinterpret_cast<Accumulator*>(mine + panel_bytes);
                 for (int64_t block = begin; block < end; block++) {
-                    panel_product(call.weight, x, tiles, block, panel, partials, result);
+                    panel_product(call.weight, x, tiles, block, panel, partials, result, totals);
                 }
             }
         }

@@ -25,7 +25,9 @@ int64_t count_nonzeros(const efx::Dense& dense, int64_t block) {
 }
 
 int64_t count_block(const efx::Dense& dense, int64_t kind, int64_t block) {
-    return kind == efx::kBf16 ? count_nonzeros<uint16_t>(dense, block) : count_nonzeros<int8_t>(dense, block);
+    if (kind == efx::kBf16) return count_nonzeros<uint16_t>(dense, block);
+    const int64_t count = count_nonzeros<int8_t>(dense, block);
+    return efx::is_int4(kind) ? (count + 1) / 2 : count;
 }
 
 template <class Value, class Mask>
@@ -53,10 +55,34 @@ void pack_values(const efx::Dense& dense, const efx::Header& header, int64_t blo
     }
 }
 
+void pack_nibbles(const efx::Dense& dense, const efx::Header& header, int64_t block, uint64_t* masks, uint8_t* values) {
+    const int64_t first = block * efx::kBlock;
+    const int8_t* weight = static_cast<const int8_t*>(dense.weight) + first * dense.columns;
+    const int64_t rows = dense.rows - first < efx::kBlock ? dense.rows - first : efx::kBlock;
+    int64_t count = 0;
+    for (int64_t group = 0; group < header.groups; group++) {
+        uint64_t mask = 0;
+        for (int64_t row = 0; row < rows; row++) {
+            for (int64_t place = 0; place < 4; place++) {
+                const int64_t column = 4 * group + efx::kInt4Order[place];
+                const int8_t value = column < dense.columns ? weight[row * dense.columns + column] : 0;
+                if (!is_nonzero(value)) continue;
+                mask |= uint64_t{1} << (4 * row + place);
+                const uint8_t others = count % 2 ? values[count / 2] : 0;
+                values[count / 2] = static_cast<uint8_t>(others | (value & 15) << (count % 2 * 4));
+                count++;
+            }
+        }
+        masks[group] = mask;
+    }
+}
+
 inline void pack_block(const efx::Dense& dense, const efx::Header& header, int64_t block, void* masks, void* values,
                        int32_t* sums) {
     if (header.kind == efx::kBf16) {
         pack_values(dense, header, block, static_cast<uint32_t*>(masks), static_cast<uint16_t*>(values), sums);
+    } else if (efx::is_int4(header.kind)) {
+        pack_nibbles(dense, header, block, static_cast<uint64_t*>(masks), static_cast<uint8_t*>(values));
     } else {
         pack_values(dense, header, block, static_cast<uint64_t*>(masks), static_cast<int8_t*>(values), sums);
     }

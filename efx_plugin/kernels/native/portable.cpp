@@ -21,11 +21,22 @@ struct Portable {
         for (int i = 0; i < kBlock; i++) sum.lanes[i] += floats.lanes[i] * x;
         return sum;
     }
+    EFX_INLINE static inline Floats multiply_add(Floats sum, const Floats& floats, const Floats& x) {
+        for (int i = 0; i < kBlock; i++) sum.lanes[i] += floats.lanes[i] * x.lanes[i];
+        return sum;
+    }
     static void expand_pairs(uint32_t mask, const uint16_t* values, Floats* vectors) {
         vectors[0] = vectors[1] = {};
         for (; mask; mask &= mask - 1) {
             const int bit = __builtin_ctz(mask);
             vectors[bit % 2].lanes[bit / 2] = to_float(*values++);
+        }
+    }
+    static void expand_nibbles(uint64_t mask, Nibbles values, Floats* vectors) {
+        vectors[0] = vectors[1] = vectors[2] = vectors[3] = {};
+        for (; mask; mask &= mask - 1, values += 1) {
+            const int bit = __builtin_ctzll(mask), nibble = *values.at() >> values.bit() & 15;
+            vectors[efx::kInt4Order[bit % 4]].lanes[bit / 4] = static_cast<float>((nibble ^ 8) - 8);
         }
     }
 };
