@@ -10,6 +10,8 @@ SIZES = (32, 64, 128)  # inputs, where a group is not the whole row
 def group_size(in_features: int, scales: Tensor) -> int:
     """How many adjacent inputs share each of the scales [out, groups]; the last group may be shorter.
 
+    Where there are several groups, only one of the sizes makes so many.
+
     Raises:
         EfxError: none of the sizes makes so many groups.
     """

@@ -48,12 +48,12 @@ def pack(
 
     Args:
         weight: floating point, or int8 with `scales`.
-        scales: float32 [out]; row o of the weight is scales[o] times its int8 values. Or float32 [out, groups] for
-            values from -8 to 7, which are packed in four bits each: every 32, 64 or 128 adjacent inputs share a scale,
-            the last of them maybe fewer, or all inputs do.
+        scales: float32 [out]; row o of the weight is scales[o] times its int8 values. Or float32 [out, groups], for
+            values from -8 to 7, which are packed in four bits each: 32, 64 or 128 adjacent inputs share a scale of a
+            row, the last of them maybe fewer, or all inputs do (`groups.group_size`).
         dtype: of activations and result; for a floating-point weight its own, which is the default.
         quantize_activations: for int8 weights: activations are quantized too, each row x to round(x / s) with
-            s = max |x| / 127, which is the faster arithmetic; the kernel for GPUs leaves them as they are, and warns.
+            s = max |x| / 127; the kernel for GPUs leaves them as they are, and warns.
 
     Raises:
         EfxError: the arguments do not fit together, or EFX_KERNEL asks for what is not there.

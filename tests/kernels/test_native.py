@@ -77,9 +77,9 @@ def expected(kind, weight, scales, x, bias) -> tuple[torch.Tensor, torch.Tensor]
 
     K products added in any order, each product and each sum rounded, are off by at most gamma_n = n u / (1 - n u) times
     the sum of magnitudes, with u = 2^-24 and n = K (Higham, Accuracy and Stability of Numerical Algorithms, section
-    3.1), which is also more than the roundings of a group's sum and of the sum of groups; four roundings more come from
-    the scales and the bias. Quantized activations are integers, except that x / s
-    within 3 roundings of a half may go to either side: s, 1 / s and x (1 / s) are rounded.
+    3.1); sums of groups that are added up are rounded no more often. Four roundings more come from the scales and the
+    bias. Quantized activations are integers, except that x / s within 3 roundings of a half may go to either side: s,
+    1 / s and x (1 / s) are rounded.
     """
     w, x = scaled(weight, scales), x.double()
     undecided = torch.zeros_like(x)
@@ -133,9 +133,6 @@ def test_groups_of_inputs_in_rows_that_are_expanded_in_parts(isa, kind, columns,
     assert ((exact - error).float() <= y).all() and (y <= (exact + error).float()).all()
 
 
-# What the result does not depend on.
-
-
 @every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["int4", "int4_dynamic"])
@@ -150,6 +147,9 @@ def test_weights_of_four_bits_at_the_ends_of_their_range(isa, dtype, kind, m, va
     x[0, 1::2] = -127
     y = linear(isa, x, pack(isa, kind, weight, scales), None, 21)
     assert torch.equal(y, (x.double() @ scaled(weight, scales).T).to(dtype))
+
+
+# What the result does not depend on.
 
 
 @every_isa

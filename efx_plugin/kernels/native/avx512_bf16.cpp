@@ -131,7 +131,7 @@ struct Int4Weight {
     static constexpr bool kSpans = true;
     static constexpr int kColumns = 4, kTile = 16;
 
-    // Bytes with a nibble each in their lower halves, and anything in their upper halves; 0 where the mask is.
+    // Bytes with a nibble each in their lower halves, and anything in their upper halves; 0 where the mask is 0.
     EFX_INLINE static inline __m512i expand_nibbles(Mask mask, const Nibbles& values) {
         // Eight nibbles come from eight bytes, for the last of them may lie in the fifth.
         alignas(64) static constexpr Bytes kFrom = make_bytes([](int i) { return i / 8 * 4 + i % 8; });
@@ -150,15 +150,12 @@ struct Int4Weight {
 };
 
 // int4 times bfloat16.
-struct Int4Bf16 : Registers, Int4Weight {
+struct Int4Bf16 : FloatSums, Int4Weight {
     using Element = uint16_t;
-    using Vector = __m512i;
-    using Accumulator = __m512;
     using Int4Weight::kSpans, Int4Weight::kTile;
     static constexpr int kVectors = 2;
     static constexpr int blocks(int m) { return m <= 1 ? 4 : m <= 4 ? 3 : m <= 8 ? 2 : 1; }
 
-    static Accumulator zero() { return _mm512_setzero_ps(); }
     EFX_INLINE static inline void expand(Mask mask, const Nibbles& values, Vector* vectors) {
         // A look-up takes the lowest five bits of a word.
         alignas(64) static constexpr uint16_t kBf16[32] = {
@@ -262,25 +259,31 @@ struct Packer {
     }
 };
 
-template <class Value, class Mask>
-void pack_vectors(const efx::Dense& dense, const efx::Header& header, int64_t block, Mask* masks, Value* values,
-                  int32_t* sums) {
+// f(i, group) for each group i of a block.
+template <class Value, class F>
+void each_group(const efx::Dense& dense, const efx::Header& header, int64_t block, F&& f) {
     constexpr int64_t kStep = 64 / sizeof(Value);  // columns
     const int64_t first = block * kBlock;
     const int64_t rows = dense.rows - first < kBlock ? dense.rows - first : kBlock;
     const Value* weight = static_cast<const Value*>(dense.weight) + first * dense.columns;
-    __m512i total = _mm512_setzero_si512();
     for (int64_t group = 0; group < header.groups; group += 16) {
         const int64_t column = group / 16 * kStep;
         const int64_t n = header.groups - group < 16 ? header.groups - group : 16;
         __m512i groups[16];
         Packer::transpose(weight + column, dense.columns, rows, dense.columns - column, groups);
-        for (int64_t i = 0; i < n; i++) {
-            masks[group + i] = Packer::compress(groups[i], values);
-            values += __builtin_popcountll(masks[group + i]);
-            if (sums) total = Packer::add_sums(total, groups[i]);
-        }
+        for (int64_t i = 0; i < n; i++) f(group + i, groups[i]);
     }
+}
+
+template <class Value, class Mask>
+void pack_vectors(const efx::Dense& dense, const efx::Header& header, int64_t block, Mask* masks, Value* values,
+                  int32_t* sums) {
+    __m512i total = _mm512_setzero_si512();
+    each_group<Value>(dense, header, block, [&](int64_t i, __m512i group) {
+        masks[i] = Packer::compress(group, values);
+        values += __builtin_popcountll(masks[i]);
+        if (sums) total = Packer::add_sums(total, group);
+    });
     if (sums) _mm512_storeu_si512(sums, total);
 }
 
@@ -290,25 +293,15 @@ void pack_vector_nibbles(const efx::Dense& dense, const efx::Header& header, int
                                             efx::kInt4Order[3] << 24);
     const __m512i rows_of_lane = _mm512_set4_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0);
     const __m512i in_order = _mm512_add_epi8(order, rows_of_lane);
-    const int64_t first = block * kBlock;
-    const int64_t rows = dense.rows - first < kBlock ? dense.rows - first : kBlock;
-    const int8_t* weight = static_cast<const int8_t*>(dense.weight) + first * dense.columns;
-    int8_t bytes[16 * 64 + 2];  // of 16 groups, behind one that may be left of those before
+    int8_t bytes[1 + 64];  // a group's, behind one that may be left of those before
     int64_t count = 0;
-    for (int64_t group = 0; group < header.groups; group += 16) {
-        const int64_t n = header.groups - group < 16 ? header.groups - group : 16;
-        __m512i groups[16];
-        Packer::transpose(weight + 4 * group, dense.columns, rows, dense.columns - 4 * group, groups);
-        for (int64_t i = 0; i < n; i++) {
-            masks[group + i] = Packer::compress(_mm512_shuffle_epi8(groups[i], in_order), bytes + count);
-            count += __builtin_popcountll(masks[group + i]);
-        }
-        const int64_t pairs = count / 2;
-        for (int64_t i = 0; i < pairs; i++) values[i] = (bytes[2 * i] & 15) | (bytes[2 * i + 1] & 15) << 4;
-        values += pairs;
-        bytes[0] = bytes[2 * pairs];
+    each_group<int8_t>(dense, header, block, [&](int64_t i, __m512i group) {
+        masks[i] = Packer::compress(_mm512_shuffle_epi8(group, in_order), bytes + count);
+        count += __builtin_popcountll(masks[i]);
+        for (int64_t k = 0; k + 1 < count; k += 2) *values++ = (bytes[k] & 15) | (bytes[k + 1] & 15) << 4;
+        if (count % 2) bytes[0] = bytes[count - 1];
         count %= 2;
-    }
+    });
     if (count) *values = bytes[0] & 15;
 }
 

@@ -48,6 +48,7 @@ struct Bf16Float : FloatDot<Simd> {
     }
 };
 
+// Weights of 8 and of 4 bits.
 template <class Simd>
 struct FourColumns : FloatDot<Simd> {
     using Mask = uint64_t;
@@ -76,6 +77,7 @@ struct Int8Float : FourColumns<Simd> {
     }
 };
 
+// Of a float16.
 inline float half_to_float(uint16_t half) {
     const uint32_t magnitude = uint32_t{half} << 13 & 0x0FFFE000;
     float value;

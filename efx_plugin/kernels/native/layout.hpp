@@ -6,10 +6,10 @@
 // under its mask, a group is what the dot-product instructions take: a product with one activation per column, the same
 // for all lanes, adds to 16 rows at once.
 //
-// Values of 4 bits are in groups like those of 8 bits, but that the columns of a row come in the order 0, 2, 1, 3: every
-// other byte of an expanded group is then one of a pair of adjacent columns. Two values are in a byte, the first in its
-// lower half, and a block begins with a byte of its own. Their scales change along the columns: every 32, 64 or 128 of
-// them, the last ones maybe fewer, or all, are a span, which has one scale per row.
+// Values of 4 bits are in groups like those of 8 bits, except that the columns of a row come in the order 0, 2, 1, 3: the
+// even bytes of an expanded group are then pairs of adjacent columns, and the odd bytes too. Two values are in a byte, the
+// first in its lower half, and a block begins with a byte of its own. Their scales change along the columns: 32, 64 or
+// 128 adjacent columns, in the last place maybe fewer, or all, are a span, which has one scale per row.
 //
 //   Header
 //   scales   float [16 * blocks]         of int8 rows, 0 beyond the last row (only for int8)
@@ -54,8 +54,8 @@ enum Status : int64_t {
     kMemory = -4,
 };
 
-// The magic number differs also by what changes no section's place. `span` counts columns, and is 0 but for int4;
-// `values` counts what offsets count.
+// Kind, scale type and span are in the magic number too: they may differ where all sections are in the same places.
+// `span` counts columns, and is 0 but for int4; `values` counts what offsets count.
 struct Header {
     int64_t magic, kind, rows, columns, span, scale_type, blocks, groups, values;
     int64_t scales_at, sums_at, offsets_at, masks_at, values_at, size;  // bytes from the start of the buffer
@@ -69,7 +69,7 @@ inline bool is_dynamic(int64_t kind) { return kind == kInt8Dynamic || kind == kI
 // Of int4.
 inline int64_t count_spans(const Header& header) { return (header.columns + header.span - 1) / header.span; }
 
-// The column, of four, in each place of a row of int4; and the place of each column.
+// The column, of four, in each place of a row of int4; also the place of each column.
 constexpr int kInt4Order[4] = {0, 2, 1, 3};
 
 // The weight of a buffer: its header, and where its sections are.
@@ -120,14 +120,15 @@ struct Dense {
 // One instruction set.
 struct Isa {
     int64_t (*linear)(const Call&);
-    // How far a block's values reach, in what offsets count; and its masks and values themselves.
+    // How many values a block has, as offsets count them.
     int64_t (*count)(const Dense&, int64_t kind, int64_t block);
+    // A block's masks, values, and sums unless null, to their places.
     void (*pack)(const Dense&, const Header&, int64_t block, void* masks, void* values, int32_t* sums);
 };
 
 extern const Isa portable;
 extern const Isa avx2;         // AVX2, FMA
-extern const Isa avx512;       // AVX512F, BW, DQ, VL
-extern const Isa avx512_bf16;  // and VBMI2, VNNI, BF16
+extern const Isa avx512;       // AVX512F, BW, DQ, VL, BMI2
+extern const Isa avx512_bf16;  // and VBMI, VBMI2, VNNI, BF16
 
 }  // namespace efx

@@ -7,16 +7,18 @@
 //   column(i)              which of a group's columns is the i-th of them
 //   kVectors               vectors that a group expands to
 //   Vector, Accumulator    16 rows
+//   Floats                 16 floats
 //   expand(mask, values, vectors)            the group's vectors, from whole vectors of values
 //   multiply(accumulator, vectors, elements) add the products with one row of activations
 //   quantize(float)                          an element; not for elements that are bfloat16
 //   finish(accumulator, floats, sums)        16 floats
 //   round(floats, bf16)                      and their roundings
-//   kSpans                 whether scales change along the columns; if so there is no finish, but
+//   kSpans                 whether scales change along the columns; if so, finish is not called, but
 //     load_scales(scales, is_fp16)           16 of them, as Floats
-//     add_scaled(total, accumulator, scales, x_sum)  a span's sums, to Floats
-//     store(floats, total)
-//     kShift               added to weights to make them unsigned, or 0: x_sum is that times the span's elements
+//     add_scaled(total, accumulator, scales, x_sum)  the Floats `total` plus a span's sums times its scales
+//     store(floats, total)                   to 16 floats
+//     kShift               what is added to weights to make them unsigned, or 0; x_sum is kShift times the sum of the
+//                          span's elements
 //   kTile                  rows of activations whose sums fill the registers, beside the vectors of two groups
 //   blocks(m)              blocks for which they do, of m <= kTile rows
 //
@@ -456,11 +458,12 @@ struct Linear {
     static void sum_spans(const efx::Call& call, int64_t row, float scale, int32_t* to, int64_t m) {
         const auto sum = [&](const auto* x) {
             const efx::Header& header = *call.weight.header;
+            const float factor = inverse(scale);
             x += row * header.columns;
             for (int64_t begin = 0; begin < header.columns; begin += header.span, to += m) {
                 const int64_t end = begin + header.span < header.columns ? begin + header.span : header.columns;
                 int32_t total = 0;
-                for (int64_t i = begin; i < end; i++) total += Dot::quantize(to_float(x[i]) * inverse(scale));
+                for (int64_t i = begin; i < end; i++) total += Dot::quantize(to_float(x[i]) * factor);
                 *to = Dot::kShift * total;
             }
         };
