@@ -40,7 +40,7 @@ test-long: .venv/ready
 bench-checkpoint: .venv/ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m integration.benchmarks.checkpoint
 
-# All shapes take up to 25 minutes; BENCH="--quick" one of them. Writes build/bench/kernels.json and kernels.png.
+# All shapes take up to 50 minutes; BENCH="--quick" one of them. Writes build/bench/kernels.json and kernels.png.
 bench-kernels: .venv-serve/ready
 	.venv-serve/bin/python -m integration.benchmarks.kernels $(BENCH)
 

@@ -1,5 +1,6 @@
 """The benchmarks of serving measure what they say, on a tiny model and a small layer; their times mean nothing here."""
 
+import argparse
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import torch
 from rich.console import Console
 
 from efx_plugin.errors import EfxError
-from integration.benchmarks import kernels, serve, timing
+from integration.benchmarks import dense, kernels, serve, timing
 from integration.benchmarks.progress import progress_on
 
 pytestmark = pytest.mark.serving
@@ -76,21 +77,84 @@ def test_interleaving_alternates_what_goes_first():
     assert timing.ratio(seconds["a"], seconds["b"]) == 6 / 5
 
 
-def test_kernels(tmp_path, monkeypatch):
+def test_kernels(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("EFX_KERNEL", "reference")
     monkeypatch.setattr(kernels, "SECONDS", 0.1)
     to_measure = kernels.cases([(1024, 512)], [0.4])
     kernels.run(to_measure, [1, 8], tmp_path / "kernels")
     assert (tmp_path / "kernels.png").stat().st_size > 1000
+    assert "fastest" not in capsys.readouterr().out  # there is no rival but oneDNN's bf16
     records = json.loads((tmp_path / "kernels.json").read_text())
     for record, m in zip(records, [1, 8], strict=True):
         case = {"n": 1024, "k": 512, "m": m, "sparsity": 0.4, "structure": "unstructured", "dtype": "bf16"}
         assert record | case == record
         assert {"isa", "threads", "ratio", "bytes_ratio", "spread", "gb_per_s", "fraction_of_limit"} < record.keys()
+        assert record["ratio_to"] == {"bf16": record["ratio"]} and record["rival_ratio"] == {}
         assert 0.01 < record["ratio"] < 100
         # Both sides of a ratio read the same number of weights.
         dense_over_ours = record["dense_gb_per_s"] / record["gb_per_s"] * record["bytes_ratio"]
         assert dense_over_ours == pytest.approx(record["ratio"], rel=0.5)
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+def test_rivals_have_at_least_as_many_bits(monkeypatch, emulated):
+    monkeypatch.setattr(kernels, "cpu_multiplies_in", lambda dtype: not emulated)
+    floats = ["bf16", "fp32"] if emulated else ["bf16"]
+    assert kernels.rival_forms(16) == floats
+    assert kernels.rival_forms(8) == [*floats, "int8"]
+    assert kernels.rival_forms(4) == [*floats, "int8", "int4"]
+
+
+def test_kernels_of_few_bits_are_measured_against_dense_ones_of_few_bits(tmp_path, monkeypatch, capsys):
+    seconds = {"ours": 1.0, "memory": 3.0, "bf16": 4.0, "fp32": 8.0, "int8": 2.0, "int4": 2.5}
+
+    def repeat(functions):
+        assert all(function() > 0 for function in functions.values())
+        return {name: [seconds[name]] for name in functions}
+
+    monkeypatch.setenv("EFX_KERNEL", "reference")
+    monkeypatch.setattr(kernels, "repeat", repeat)
+    monkeypatch.setattr(kernels, "WORKING_SET", 2e6)
+    monkeypatch.setattr(kernels, "cpu_multiplies_in", lambda dtype: False)
+    to_measure = [kernels.Case(1024, 512, 0.5, "unstructured", dtype) for dtype in ("w8a16", "w4a8")]
+    kernels.run(to_measure, [1, 8], tmp_path / "kernels")
+    eight, _, four, _ = json.loads((tmp_path / "kernels.json").read_text())
+    assert eight["ratio"] == four["ratio"] == 0.25
+    assert eight["ratio_to"] == {"bf16": 0.25, "fp32": 0.125, "int8": 0.5}
+    assert four["ratio_to"] == {"bf16": 0.25, "fp32": 0.125, "int8": 0.5, "int4": 0.4}
+    assert eight["rival_ratio"] == {"fp32": 2.0, "int8": 0.5}
+    assert four["rival_ratio"] == {"fp32": 2.0, "int8": 0.5, "int4": 0.625}
+    printed = capsys.readouterr().out
+    assert "fastest" in printed
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["dense", "fp32", "1024x512", "2.00", "2.00"] in lines
+    assert ["dense", "int8", "1024x512", "0.50", "0.50"] in lines
+    assert ["dense", "int4", "1024x512", "0.62", "0.62"] in lines
+    assert ["w8a16", "50%", "1024x512", "0.50", "8", "0.50", "8"] in lines
+    assert ["w4a8", "50%", "1024x512", "0.50", "8", "0.50", "8"] in lines
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_dense_forms_compute_the_product_of_what_they_are_quantized_to(form):
+    weight = torch.randn(64, 256).bfloat16() * (torch.rand(64, 256) < 0.5)
+    group = 256 if form == "int8" else dense.GROUP
+    values, scales = dense.quantize(weight, dense.BITS[form], group)
+    assert torch.equal(values.sign(), weight.sign())  # no weight more is zero
+    most = 2 ** (dense.BITS[form] - 1) - 1
+    assert values.abs().unflatten(1, (-1, group)).amax(-1).eq(most).all()
+    x = torch.randn(5, 256).bfloat16()
+    one, other = dense.Layers(form, weight, 2)(x, 2)
+    assert torch.equal(one, other)
+    expected = x.double() @ (values.double() * scales.double().repeat_interleave(group, 1)).T
+    error = torch.linalg.vector_norm(one - expected) / torch.linalg.vector_norm(expected)
+    assert error < 0.02  # activations in eight bits
+
+
+def test_shapes_that_dense_int4_cannot_take_are_refused():
+    assert kernels.shape("64x256") == (64, 256)
+    for text in ("48x256", "64x192"):
+        with pytest.raises(argparse.ArgumentTypeError, match="32 has to divide OUT, and 128 IN"):
+            kernels.shape(text)
 
 
 def test_a_kernel_that_computes_something_else_is_not_measured(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
-"""`make bench-kernels`: sparse linear layers against oneDNN as vLLM runs it, in the shapes of Llama's layers.
+"""`make bench-kernels`: sparse linear layers against dense ones as vLLM runs them, in the shapes of Llama's layers.
 
 Every case has several weights of one shape, each in its own memory, so many that they do not fit into a cache. A round
-times one pass over all of them with our kernel, with the dense one, and a sum over as much memory as all the dense
-weights take (torch's, in float32, which reads memory once and does little else): the speed that counts as the limit.
-A ratio is ours/dense. All layers are without bias.
+times one pass over all of them with our kernel, with each rival, and a sum over as much memory as all weights take in
+bfloat16 (torch's, in float32, which reads memory once and does little else): the speed that counts as the limit. A
+ratio is ours / dense bfloat16. The rivals are the dense forms (dense.py) that have at least as many bits per weight as
+ours before it is pruned; float32 is one of them where the processor has to emulate bfloat16. All layers are without
+bias.
 
 A run of all shapes writes build/bench/kernels.json and kernels.png, and one of a selection (--quick, --shape, --m,
 --sparsity) kernels-part.json and kernels-part.png.
@@ -15,6 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist, median
 
@@ -26,6 +29,8 @@ from torch import Tensor
 
 from efx_plugin.errors import EfxError
 from efx_plugin.kernels import PackedWeight, kernel_summary, pack, sparse_linear
+from efx_plugin.machine import cpu_multiplies_in
+from integration.benchmarks import dense
 from integration.benchmarks.progress import progress_on
 from integration.benchmarks.timing import OUTPUT, Timed, interleave, ratio, ratios, spread, timed, write_json
 
@@ -44,8 +49,13 @@ WORKING_SET_COMPUTE = 64e6  # the same from `COMPUTE_BOUND` tokens on, where ari
 COMPUTE_BOUND = 64
 SECONDS = 1.0  # per measurement, within these rounds:
 ROUNDS = 9, 60
-# Relative errors of an output that is computed as it should be: bfloat16 rounds to 8 bits, W8A8 activations as well.
-TOLERANCE = {"bf16": 0.01, "w8a16": 0.01, "w8a8": 0.03}
+BITS = {"bf16": 16, "w8a16": 8, "w8a8": 8, "w4a16": 4, "w4a8": 4}  # of a weight that is kept
+# Relative errors of an output that is computed as it should be: bfloat16 rounds to 8 bits, and so do int8 weights and
+# activations.
+TOLERANCE = {"bf16": 0.01, "w8a16": 0.01, "w8a8": 0.03, "w4a16": 0.01, "w4a8": 0.03}
+TOLERANCE |= {"dense fp32": 0.01, "dense int8": 0.03, "dense int4": 0.03}
+
+LETTERS = {"bf16": "b", "fp32": "f", "int8": "8", "int4": "4"}  # of dense forms, in tables
 
 PATTERNS_2_4 = torch.tensor([[a, b, c, d] for a in (0, 1) for b in (0, 1) for c in (0, 1) for d in (0, 1)])
 PATTERNS_2_4 = PATTERNS_2_4[PATTERNS_2_4.sum(1) == 2].bool()
@@ -53,7 +63,7 @@ PATTERNS_2_4 = PATTERNS_2_4[PATTERNS_2_4.sum(1) == 2].bool()
 
 @dataclass(frozen=True)
 class Case:
-    """`dtype`: bf16, or int8 with activations of bfloat16 (w8a16) or of int8 (w8a8)."""
+    """`dtype`: bf16, or int8 (w8) or int4 (w4) with activations of bfloat16 (a16) or of int8 (a8)."""
 
     n: int
     k: int
@@ -63,13 +73,13 @@ class Case:
 
 
 def cases(shapes: list[tuple[int, int]], sparsities: list[float]) -> list[Case]:
-    """2:4 and int8 are 50 % sparse."""
+    """2:4, int8 and int4 are 50 % sparse."""
     result = []
     for n, k in shapes:
         result += [Case(n, k, sparsity, "unstructured", "bf16") for sparsity in sparsities]
         if 0.5 in sparsities:
             result.append(Case(n, k, 0.5, "2:4", "bf16"))
-            result += [Case(n, k, 0.5, "unstructured", dtype) for dtype in ("w8a16", "w8a8")]
+            result += [Case(n, k, 0.5, "unstructured", dtype) for dtype in BITS if dtype != "bf16"]
     return result
 
 
@@ -86,12 +96,12 @@ def pack_case(weight: Tensor, case: Case, count: int) -> tuple[list[PackedWeight
     """The packed weights, all the same in memory of their own, and the dense weight that they stand for."""
     if case.dtype == "bf16":
         return [pack(weight) for _ in range(count)], weight
-    scales = weight.abs().amax(1).float() / 127
-    # Away from zero, so that rounding prunes no more.
-    quantized = (weight.float() / scales[:, None]).abs().ceil().clamp(max=127).mul(weight.sign()).to(torch.int8)
-    dense = (quantized.float() * scales[:, None]).to(torch.bfloat16)
-    options = {"scales": scales, "dtype": torch.bfloat16, "quantize_activations": case.dtype == "w8a8"}
-    return [pack(quantized, **options) for _ in range(count)], dense
+    bits = BITS[case.dtype]
+    group = case.k if bits == 8 else dense.GROUP
+    values, scales = dense.quantize(weight, bits, group)
+    expanded = (values.float() * scales.repeat_interleave(group, 1)).bfloat16()
+    options = {"scales": scales[:, 0] if bits == 8 else scales, "quantize_activations": case.dtype.endswith("a8")}
+    return [pack(values, dtype=torch.bfloat16, **options) for _ in range(count)], expanded
 
 
 def measure(case: Case, tokens: list[int]) -> Iterator[dict]:
@@ -108,13 +118,17 @@ def measure(case: Case, tokens: list[int]) -> Iterator[dict]:
             f"({kernel_summary(packed[0])}); set EFX_KERNEL=reference to measure that one"
         )
     packed_bytes = sum(tensor.nbytes for tensor in packed[0].tensors)
-    dense = OneDNN(weight)
+    rivals = Rivals(weight, rival_forms(BITS[case.dtype]))
     for m in tokens:
         x = activations(m, case)
-        check(sparse_linear(x, packed[0]), dense(x, 1)[0], case, m)
+        right = rivals.layers["bf16"](x, 1)[0]
+        check(sparse_linear(x, packed[0]), right, case.dtype, case, m)
+        for form, layers in rivals.layers.items():
+            if form != "bf16":
+                check(layers(x.to(layers.dtype), 1)[0], right, f"dense {form}", case, m)
         used = copies(weight, WORKING_SET if m < COMPUTE_BOUND else WORKING_SET_COMPUTE)
         ours = timed(lambda x=x, used=used: [sparse_linear(x, one) for one in packed[:used]])
-        yield compare(case, packed[0].kernel, x, ours, dense, used, packed_bytes)
+        yield compare(case, packed[0].kernel, x, ours, rivals, used, packed_bytes)
 
 
 def measure_csr() -> dict:
@@ -127,34 +141,37 @@ def measure_csr() -> dict:
     x = activations(1, case)
     column = x.float().t().contiguous()
     ours = timed(lambda: [one @ column for one in sparse])
-    return compare(case, "torch", x, ours, OneDNN(weight), used, packed_bytes)
+    return compare(case, "torch", x, ours, Rivals(weight, ["bf16"]), used, packed_bytes)
 
 
-class OneDNN:
-    """Dense weights, all the same in memory of their own, prepared and run as vLLM does."""
+def rival_forms(bits: int) -> list[str]:
+    """The dense forms that a sparse weight of so many bits is measured against, bf16 among them."""
+    forms = ["bf16"] if cpu_multiplies_in(torch.bfloat16) else ["bf16", "fp32"]
+    return forms + [form for form in ("int8", "int4") if dense.BITS[form] >= bits]
 
-    def __init__(self, weight: Tensor) -> None:
-        from vllm import _custom_ops
 
-        self.linear = _custom_ops.onednn_mm
+class Rivals:
+    """Dense layers of one weight [out, in], by form, and as much other memory as they take in bfloat16."""
+
+    def __init__(self, weight: Tensor, forms: list[str]) -> None:
+        count = copies(weight, WORKING_SET)
         self.nbytes = weight.nbytes
-        self.weights = [_custom_ops.create_onednn_mm(weight.t(), 32) for _ in range(copies(weight, WORKING_SET))]
-        self.same_memory = torch.ones(len(self.weights) * weight.nbytes // 4)
-
-    def __call__(self, x: Tensor, used: int) -> list[Tensor]:
-        return [self.linear(weight, x, None) for weight in self.weights[:used]]
+        self.layers = {form: dense.Layers(form, weight, count) for form in forms}
+        self.same_memory = torch.ones(count * weight.nbytes // 4)
 
 
 def compare(
-    case: Case, isa: str, x: Tensor, ours: Callable[[], float], dense: OneDNN, used: int, packed_bytes: int
+    case: Case, isa: str, x: Tensor, ours: Callable[[], float], rivals: Rivals, used: int, packed_bytes: int
 ) -> dict:
     """The record of one measurement, of passes over `used` weights of `packed_bytes` each."""
-    functions = {"ours": ours, "dense": timed(lambda: dense(x, used)), "memory": timed(dense.same_memory.sum)}
+    functions = {"ours": ours, "memory": timed(rivals.same_memory.sum)}
+    for form, layers in rivals.layers.items():
+        functions[form] = timed(partial(layers, x.to(layers.dtype), used))
     seconds = repeat(functions)
     speed = {
         "ours": used * packed_bytes / median(seconds["ours"]) / 1e9,
-        "dense": used * dense.nbytes / median(seconds["dense"]) / 1e9,
-        "memory": dense.same_memory.nbytes / median(seconds["memory"]) / 1e9,
+        "dense": used * rivals.nbytes / median(seconds["bf16"]) / 1e9,
+        "memory": rivals.same_memory.nbytes / median(seconds["memory"]) / 1e9,
     }
     return {
         "isa": isa,
@@ -165,13 +182,15 @@ def compare(
         "structure": case.structure,
         "dtype": case.dtype,
         "threads": torch.get_num_threads(),
-        "ratio": ratio(seconds["dense"], seconds["ours"]),
-        "bytes_ratio": packed_bytes / dense.nbytes,
-        "spread": spread(ratios(seconds["dense"], seconds["ours"])),
+        "ratio": ratio(seconds["bf16"], seconds["ours"]),
+        "bytes_ratio": packed_bytes / rivals.nbytes,
+        "spread": spread(ratios(seconds["bf16"], seconds["ours"])),
         "gb_per_s": speed["ours"],
         "dense_gb_per_s": speed["dense"],
         "limit_gb_per_s": speed["memory"],
         "fraction_of_limit": speed["ours"] / speed["memory"],
+        "ratio_to": {form: ratio(seconds[form], seconds["ours"]) for form in rivals.layers},
+        "rival_ratio": {form: ratio(seconds["bf16"], seconds[form]) for form in rivals.layers if form != "bf16"},
     }
 
 
@@ -191,35 +210,69 @@ def repeat(functions: Timed) -> dict[str, list[float]]:
     return interleave(functions, max(least, min(most, round(SECONDS / one))))
 
 
-def check(ours: Tensor, dense: Tensor, case: Case, m: int) -> None:
-    error = (torch.linalg.vector_norm(ours.float() - dense.float()) / torch.linalg.vector_norm(dense.float())).item()
-    if not error < TOLERANCE[case.dtype]:
-        raise EfxError(f"the kernel's output is off by {error:.3g} of oneDNN's with {m} tokens and {case}")
+def check(output: Tensor, right: Tensor, name: str, case: Case, m: int) -> None:
+    error = (torch.linalg.vector_norm(output.float() - right.float()) / torch.linalg.vector_norm(right.float())).item()
+    if not error < TOLERANCE[name]:
+        raise EfxError(f"the output of {name} is off by {error:.3g} of oneDNN's with {m} tokens and {case}")
 
 
 def print_table(records: list[dict], console: Console) -> None:
-    """A table for each kernel, a line for each weight, a column for each number of tokens."""
+    """Tables for each kernel, a line for each weight, a column for each number of tokens: times over dense bf16's, with
+    lines for the other rivals; and over the fastest rival's, if there is one but bf16.
+    """
     tokens = sorted({record["m"] for record in records})
     for isa in dict.fromkeys(record["isa"] for record in records):
-        table = Table(title=f"{isa}: time / time of oneDNN", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        table.add_column("weight")
-        for column in ("shape", "bytes", *(f"M={m}" for m in tokens), "±", "of limit"):
-            table.add_column(column, justify="right", no_wrap=True)
         rows: dict[tuple[str, str], dict[int, dict]] = {}
         for record in records:
             if record["isa"] == isa:
                 rows.setdefault((label(record), f"{record['n']}x{record['k']}"), {})[record["m"]] = record
-        for (weight, shape), by_tokens in rows.items():
+        table = new_table(f"{isa}: time / time of oneDNN's bf16", "bytes", *(f"M={m}" for m in tokens), "±", "of limit")
+        for names, by_tokens in rows.items():
             first = by_tokens[min(by_tokens)]
             table.add_row(
-                *(weight, shape, f"{first['bytes_ratio']:.3f}"),
+                *(*names, f"{first['bytes_ratio']:.3f}"),
                 *(f"{by_tokens[m]['ratio']:.2f}" if m in by_tokens else "" for m in tokens),
                 f"{median(record['spread'] for record in by_tokens.values()):.2f}",
                 f"{first['fraction_of_limit']:.2f}",
             )
+        for (form, shape), by_tokens in rival_ratios(records, isa).items():
+            ratios_of_form = (f"{median(by_tokens[m]):.2f}" if m in by_tokens else "" for m in tokens)
+            table.add_row(f"dense {form}", shape, "", *ratios_of_form, "", "")
         console.print(table)
+        if any(record["rival_ratio"] for record in records if record["isa"] == isa):
+            table = new_table(f"{isa}: time / time of the fastest rival", *(f"M={m}" for m in tokens))
+            for names, by_tokens in rows.items():
+                table.add_row(*names, *(fastest(by_tokens[m]) if m in by_tokens else "" for m in tokens))
+            console.print(table)
     console.print("bytes: packed / dense. ±: interquartile range of the ratios, median over M.")
     console.print("of limit: bytes read per second at the smallest M / those of a sum over memory.")
+    letters = ", ".join(f"{letter} {form}" for form, letter in LETTERS.items())
+    console.print(f"rivals: dense forms of at least as many bits per weight; {letters}.")
+
+
+def new_table(title: str, *columns: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("weight")
+    for column in ("shape", *columns):
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def rival_ratios(records: list[dict], isa: str) -> dict[tuple[str, str], dict[int, list[float]]]:
+    """Form and shape to number of tokens to the times over oneDNN's, one from each of the kernel's records."""
+    found: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for record in records:
+        for form, figure in record["rival_ratio"].items():
+            if record["isa"] == isa:
+                by_tokens = found.setdefault((form, f"{record['n']}x{record['k']}"), {})
+                by_tokens.setdefault(record["m"], []).append(figure)
+    return found
+
+
+def fastest(record: dict) -> str:
+    """The ratio to the fastest rival, and which that is."""
+    form = max(record["ratio_to"], key=record["ratio_to"].get)
+    return f"{record['ratio_to'][form]:.2f} {LETTERS[form]}"
 
 
 def label(record: dict) -> str:
@@ -270,8 +323,10 @@ def plot(records: list[dict], path: Path) -> None:
 
 
 def shape(text: str) -> tuple[int, int]:
-    n, k = text.split("x")
-    return int(n), int(k)
+    n, k = map(int, text.split("x"))
+    if n % 32 or k % dense.GROUP:  # vLLM's int4
+        raise argparse.ArgumentTypeError(f"32 has to divide OUT, and {dense.GROUP} IN")
+    return n, k
 
 
 def integers(text: str) -> list[int]:
