@@ -57,9 +57,11 @@ ARCHITECTURES = {
 }
 
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+INT4 = INT8 | {"num_bits": 4}
 SCHEMES = {
     "W8A8": {"weights": INT8, "input_activations": INT8 | {"strategy": "token", "dynamic": True}},
     "W8A16": {"weights": INT8},
+    "W4A16": {"weights": INT4 | {"strategy": "group", "group_size": 32}},
 }
 
 
@@ -79,9 +81,45 @@ def kernel(scheme: str | None = None) -> str:
     weight = torch.eye(64, dtype=torch.bfloat16)
     if scheme is None:
         return pack(weight).kernel
-    quantize_activations = scheme == "W8A8"
-    packed = pack(weight.char(), scales=torch.ones(64), dtype=weight.dtype, quantize_activations=quantize_activations)
-    return packed.kernel
+    scales = torch.ones(64, 2) if scheme == "W4A16" else torch.ones(64)
+    return pack(weight.char(), scales=scales, dtype=weight.dtype, quantize_activations=scheme == "W8A8").kernel
+
+
+def quantized_model(directory: Path, scheme: dict, architecture: str, **overrides):
+    """As llm-compressor leaves it, but for the scales: powers of two, so that bfloat16 holds the quantized weights."""
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
+    from transformers import AutoModelForCausalLM
+
+    dense = save_tiny(directory, architecture, **overrides) / "dense"
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype="auto")
+    groups = {"group_0": {"targets": ["Linear"], **scheme}}
+    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
+    most = 2 ** (scheme["weights"]["num_bits"] - 1) - 1
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            largest = module.weight.data.abs().unflatten(1, (module.weight_scale.shape[1], -1)).amax(2)
+            module.weight_scale.data.copy_((largest / most).log2().ceil().exp2())
+            module.weight_zero_point.data.zero_()
+            module.quantization_status = QuantizationStatus.FROZEN
+    return model
+
+
+def save_adapter(directory: Path, model: Path) -> Path:
+    """A random LoRA adapter, as PEFT saves it, on every projection of a Llama."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, weight in load_file(model / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            rows, columns = weight.shape
+            prefix = "base_model.model." + name.removesuffix(".weight")
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(4, columns, generator=generator) / 5
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) / 5
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "bias": "none"}
+    (directory / "adapter_config.json").write_text(json.dumps(config | {"target_modules": targets}))
+    return directory
 
 
 def rewrite(directory: Path, copy: Path, change) -> Path:

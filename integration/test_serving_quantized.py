@@ -1,7 +1,5 @@
 """int8 weights that are sparse as well are served as they are, like the same weights stored otherwise."""
 
-from pathlib import Path
-
 import pytest
 
 from efx_plugin.checkpoint import export_checkpoint, load_sparse, save_sparse
@@ -14,28 +12,12 @@ from integration.serving_models import (
     kernel,
     negate_one,
     plant,
-    save_tiny,
+    quantized_model,
     serve,
     swap_rows,
 )
 
 pytestmark = pytest.mark.serving
-
-
-def quantized_model(directory: Path, scheme: dict, architecture: str):
-    """As llm-compressor leaves it, but for the scales: powers of two, so that bfloat16 holds the quantized weights."""
-    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(save_tiny(directory, architecture) / "dense", dtype="auto")
-    groups = {"group_0": {"targets": ["Linear"], **scheme}}
-    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
-    for module in model.modules():
-        if hasattr(module, "weight_scale"):
-            module.weight_scale.data.copy_((module.weight.data.abs().amax(1, keepdim=True) / 127).log2().ceil().exp2())
-            module.weight_zero_point.data.zero_()
-            module.quantization_status = QuantizationStatus.FROZEN
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,7 @@ import traceback
 import weakref
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from efx_plugin.checkpoint.formats.registry import part_names
 from integration.served import difference
@@ -20,6 +19,7 @@ from integration.serving_models import (
     negate_one,
     plant,
     rewrite,
+    save_adapter,
     save_tiny,
     serve,
     serve_once,
@@ -211,21 +211,3 @@ def test_it_is_served_as_the_dense_checkpoint_where_ranks_share_what_is_fused_on
     model = save_tiny(tmp_path, "Phi3", num_key_value_heads=1)
     dense = serve(model / "dense", tensor_parallel_size=2)
     assert_same(dense, serve(model / "sparse-bitmask", tensor_parallel_size=2), kernel())
-
-
-def save_adapter(directory, model):
-    """A random LoRA adapter, as PEFT saves it, on every projection of a Llama."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, weight in load_file(model / "model.safetensors").items():
-        if name.endswith("_proj.weight"):
-            rows, columns = weight.shape
-            prefix = "base_model.model." + name.removesuffix(".weight")
-            tensors[f"{prefix}.lora_A.weight"] = torch.randn(4, columns, generator=generator) / 5
-            tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) / 5
-    directory.mkdir()
-    save_file(tensors, directory / "adapter_model.safetensors")
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "bias": "none"}
-    (directory / "adapter_config.json").write_text(json.dumps(config | {"target_modules": targets}))
-    return directory

@@ -5,7 +5,6 @@ Embeddings, norms and the output layer are the same in every pipeline and count 
 """
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from efx_plugin.checkpoint import quantized
-from efx_plugin.checkpoint.formats.registry import find_format
+from efx_plugin.checkpoint.formats.pack_quantized import unpack
 from efx_plugin.checkpoint.reader import (
     expand_weight,
     group_parts,
@@ -24,7 +23,8 @@ from efx_plugin.checkpoint.reader import (
 from efx_plugin.checkpoint.storage import safetensors_file
 from efx_plugin.engine.blocks import linears_in_blocks
 from efx_plugin.errors import EfxError
-from efx_plugin.kernels.op import pack
+from efx_plugin.kernels.op import PackedWeight, pack
+from efx_plugin.kernels.pruned_int4 import why_dense
 
 # What lies beside a quantized weight and is needed to use it.
 _SCALES = ("weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale", "weight_g_idx")
@@ -45,40 +45,6 @@ def sizes(model: nn.Module) -> list[Size]:
     return [Size(weight.shape[0], weight.shape[1], int(weight.count_nonzero())) for weight in weights]
 
 
-def reckon(
-    layers: Iterable[Size],
-    value_bits: float,
-    *,
-    sparse_format: str | None = None,
-    group: int | None = None,
-    scale_bits: int = 16,
-    zero_point_bits: int = 0,
-) -> float:
-    """Bits per weight of layers that are stored so.
-
-    Args:
-        layers: see `sizes`.
-        value_bits: of a value.
-        sparse_format: "sparse-bitmask" or "sparse-24-bitmask", whose masks and offsets count; None stores zeros too.
-        group: consecutive inputs that share a scale; 0 for one scale a row; None without scales.
-        scale_bits, zero_point_bits: of a group.
-    """
-    total = weights = 0.0
-    for rows, columns, nonzeros in layers:
-        weights += rows * columns
-        if sparse_format is None:
-            total += rows * columns * value_bits
-        else:
-            layout = find_format(sparse_format, "a reckoning").layout(rows, columns, nonzeros, torch.int8)
-            for part, (dtype, shape) in layout.items():
-                total += math.prod(shape) * (value_bits if part == "compressed" else 8 * dtype.itemsize)
-        if group is not None:
-            total += rows * math.ceil(columns / (group or columns)) * (scale_bits + zero_point_bits)
-    if not weights:
-        raise EfxError("there are no target layers to count the bits of: pass a model with linear decoder blocks")
-    return total / weights
-
-
 def stored(directory: Path) -> float:
     """Bits per weight on disk, over the weights of a checkpoint that are compressed or quantized.
 
@@ -92,20 +58,24 @@ def stored(directory: Path) -> float:
 
 
 def served(directory: Path) -> float:
-    """Bits per weight in vLLM's memory, over the same weights: packed by the kernel that this machine takes for each;
-    what is quantized and not sparse is served as it is stored.
+    """Bits per weight in vLLM's memory, over the same weights: packed by the kernel that this machine takes for each,
+    where they are sparse, or of four bits and pruned; what else is quantized is served as it is stored.
 
     Raises:
         EfxError: none of its weights is compressed or quantized, no kernel takes a weight, or a file is corrupt.
     """
     config, index = read_config(directory), safetensors_file.read_index(directory)
     scheme = quantized.of_config(config, directory)
-    activations = scheme is not None and any(group.input_activations for group in scheme.config_groups.values())
+    groups = [] if scheme is None else list(scheme.config_groups.values())
+    activations = any(group.input_activations for group in groups)
+    int4 = not activations and {(group.weights.num_bits, group.weights.symmetric) for group in groups} == {(4, True)}
     layers = _layers(directory, index)
     bits = 0
     for layer in layers:
         if not layer.parts:
-            bits += sum(8 * index[name].nbytes for name in layer.tensors)
+            packed = _pack_int4(directory, index, layer.module) if int4 else None
+            tensors = [index[name] for name in layer.tensors] if packed is None else packed.tensors
+            bits += sum(8 * tensor.nbytes for tensor in tensors)
             continue
         weight = expand_weight(directory, index, layer.parts, read_sparsity_config(directory)["format"])
         scales = index.get(f"{layer.module}.weight_scale")
@@ -114,8 +84,20 @@ def served(directory: Path) -> float:
         else:
             read = safetensors_file.read_tensor(directory, scales)
             packed = pack(weight, scales=read.float().flatten(), dtype=read.dtype, quantize_activations=activations)
-        bits += sum(8 * tensor.numel() * tensor.element_size() for tensor in packed.tensors)
+        bits += sum(8 * tensor.nbytes for tensor in packed.tensors)
     return bits / sum(layer.weights for layer in layers)
+
+
+def _pack_int4(directory: Path, index: dict[str, safetensors_file.StoredTensor], module: str) -> PackedWeight | None:
+    """A weight of four bits as vLLM gets it from us; None where it stays dense."""
+    words, shape, scales = (
+        safetensors_file.read_tensor(directory, index[f"{module}.{part}"])
+        for part in (_PACKED, "weight_shape", "weight_scale")
+    )
+    weight = unpack(words, 4, torch.Size(shape.tolist()))
+    if why_dense(weight, scales.float(), scales.dtype):
+        return None
+    return pack(weight, scales=scales.float(), dtype=scales.dtype)
 
 
 class _StoredLayer(NamedTuple):

@@ -34,8 +34,8 @@ DEFINITIONS = {
     "difference": "log perplexity minus that of the best rival, with the 95 % interval of a paired bootstrap over "
     "documents (10,000 resamples, seeded, losses averaged over seeds)",
     "bits": "bits per weight of the linear layers in the decoder blocks, zeros counted, with masks and scales, in the "
-    "checkpoint that the pipeline wrote, and as it is served; 4-bit weights have no sparse format, so what is pruned "
-    "and then quantized to 4 bits is stored and served dense, zeros and all",
+    "checkpoint that the pipeline wrote, and as it is served; pruned weights of 4 bits are stored with their "
+    "zeros, since no format leaves them out, and packed sparse where they are served",
     "seconds": "of the pipeline, loading included and evaluation not",
     "tokens/s": "generated in vLLM by so many requests at once, and how many times those of lora, measured in turn",
     "masks of domains": "of the kept weights of two masks those that both keep, over those that either keeps; masks of "

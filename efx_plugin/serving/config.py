@@ -8,6 +8,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import GateLinear, RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 from vllm.model_executor.layers.quantization.compressed_tensors.utils import find_matched_target, should_ignore_layer
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
@@ -16,6 +17,7 @@ from efx_plugin.checkpoint.config import sparsity_in
 from efx_plugin.checkpoint.formats.registry import format_names, part_names
 from efx_plugin.errors import EfxError
 from efx_plugin.serving.linear_method import SparseLinearMethod
+from efx_plugin.serving.pruned_int4 import sparse_if_pruned
 from efx_plugin.serving.quantized import int8_scheme, readable_by_vllm, refuse_unpacked, restore_formats
 from efx_plugin.serving.weight_loader import refuse_expert_parts, refuse_parts
 
@@ -89,6 +91,11 @@ class SparseCompressedTensorsConfig(CompressedTensorsConfig):
             refuse_unpacked(scheme, prefix)
         refuse_parts(layer, prefix, self.sparsity_format)
         return super().get_quant_method(layer, prefix)
+
+    def get_scheme(self, layer: torch.nn.Module, layer_name: str | None = None) -> CompressedTensorsScheme | None:
+        """Ours for weights of four bits, which may turn out to be sparse; the parent's for everything else."""
+        scheme: CompressedTensorsScheme | None = super().get_scheme(layer, layer_name)
+        return sparse_if_pruned(scheme) if isinstance(layer, LinearBase) else scheme
 
     @staticmethod
     def get_checkpoint_weight_mapper() -> WeightsMapper:

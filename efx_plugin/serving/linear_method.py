@@ -61,17 +61,22 @@ class SparseLinearMethod(LinearMethodBase):
         """
         layer.packed_weight = layer.sparse_loader.finish()
         del layer.sparse_loader
-        _tell_cache(layer.packed_weight.kernel)
-        # The line is the same for every layer, so that each process logs it once.
-        logger.info_once(
-            "efx-plugin: sparse layers run on the %s kernel (%s).",
-            layer.packed_weight.kernel,
-            kernel_summary(layer.packed_weight),
-            scope="process",
-        )
+        announce(layer.packed_weight)
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return sparse_linear(x, layer.packed_weight, bias)
+
+
+def announce(packed: PackedWeight) -> None:
+    """Log the kernel of a layer that has been loaded, and let vLLM know it."""
+    _tell_cache(packed.kernel)
+    # The line is the same for every layer, so that each process logs it once.
+    logger.info_once(
+        "efx-plugin: sparse layers run on the %s kernel (%s).",
+        packed.kernel,
+        kernel_summary(packed),
+        scope="process",
+    )
 
 
 def _tell_cache(kernel: str) -> None:

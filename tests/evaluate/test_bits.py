@@ -1,10 +1,12 @@
 """What is reckoned is what lies on the disk and in memory, to the bit where nothing is padded."""
 
+import math
+
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
 
-from efx_plugin.checkpoint import linear_bytes, save_sparse
+from efx_plugin.checkpoint import find_format, linear_bytes, save_sparse
 from efx_plugin.errors import EfxError
 from efx_plugin.evaluate import bits
 from tests.support.tiny_llama import save_tiny_llama, tiny_llama
@@ -18,15 +20,23 @@ def pruned(dtype=torch.bfloat16, period=2, **overrides):
     return model
 
 
-def test_dense_weights_take_the_bits_of_their_dtype():
-    assert bits.reckon(bits.sizes(tiny_llama()), 32) == 32
+def reckon(model, value_bits: int, sparse_format: str, scales_a_row: int = 0) -> float:
+    """Bits per weight on disk: values, masks, offsets, and scales of 16 bits."""
+    total = weights = 0
+    for rows, columns, nonzeros in bits.sizes(model):
+        layout = find_format(sparse_format, "a reckoning").layout(rows, columns, nonzeros, torch.int8)
+        for part, (dtype, shape) in layout.items():
+            total += math.prod(shape) * (value_bits if part == "compressed" else 8 * dtype.itemsize)
+        total += 16 * rows * scales_a_row
+        weights += rows * columns
+    return total / weights
 
 
 @pytest.mark.parametrize(("sparse_format", "period"), [("sparse-bitmask", 3), ("sparse-24-bitmask", 2)])
 def test_a_sparse_checkpoint_takes_on_disk_what_is_reckoned(tmp_path, sparse_format, period):
     model = pruned(period=period)
     save_sparse(model, tmp_path / "sparse", structure=sparse_format, progress=False)
-    reckoned = bits.reckon(bits.sizes(model), 16, sparse_format=sparse_format)
+    reckoned = reckon(model, 16, sparse_format)
     assert bits.stored(tmp_path / "sparse") == pytest.approx(reckoned, rel=1e-12)
     weights = sum(size.rows * size.columns for size in bits.sizes(model))
     assert reckoned * weights == 8 * linear_bytes(tmp_path / "sparse")["sparse"]
@@ -39,39 +49,41 @@ def test_a_sparse_checkpoint_is_served_from_about_as_many_bits(tmp_path):
     assert bits.stored(tmp_path / "sparse") == pytest.approx(9, abs=0.3)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ({"value_bits": 4, "group": 128}, 4 + 16 / 128),
-        ({"value_bits": 4, "group": 128, "zero_point_bits": 4}, 4 + 20 / 128),
-        ({"value_bits": 3, "group": 32}, 3 + 16 / 32),
-        ({"value_bits": 8, "group": 0}, 8 + 16 / 256),
-        ({"value_bits": 8, "group": 100}, 8 + 3 * 16 / 256),
-        ({"value_bits": 8, "group": 0, "sparse_format": "sparse-24-bitmask"}, 4 + 1 + (16 + 128 / 64) / 256),
-    ],
-)
-def test_masks_and_scales_count(arguments, expected):
-    assert bits.reckon([bits.Size(64, 256, 64 * 128)], **arguments) == pytest.approx(expected)
-
-
-def quantized_to_int8(model):
-    """As llm-compressor leaves a model: a scale for each row, which every value is within reach of."""
-    int8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
-    groups = {"group_0": {"targets": ["Linear"], "weights": int8}}
+def quantized(model, **weights):
+    """As llm-compressor leaves a model: a scale for each row or group, which every value is within reach of."""
+    symmetric = {"type": "int", "symmetric": True, **weights}
+    groups = {"group_0": {"targets": ["Linear"], "weights": symmetric}}
     apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
     for module in model.modules():
         if hasattr(module, "weight_scale"):
-            module.weight_scale.data.copy_(module.weight.data.float().abs().amax(-1, keepdim=True) / 127)
+            groups = module.weight.data.float().abs().unflatten(1, (module.weight_scale.shape[1], -1))
+            module.weight_scale.data.copy_(groups.amax(-1) / (2 ** (weights["num_bits"] - 1) - 1))
             module.quantization_status = QuantizationStatus.FROZEN
     return model
 
 
 def test_scales_count_where_a_checkpoint_is_quantized_as_well(tmp_path):
     model = pruned(hidden_size=512, intermediate_size=512)
-    reckoned = bits.reckon(bits.sizes(model), 8, sparse_format="sparse-24-bitmask", group=0)
-    save_sparse(quantized_to_int8(model), tmp_path / "both", structure="sparse-24-bitmask", progress=False)
+    reckoned = reckon(model, 8, "sparse-24-bitmask", scales_a_row=1)
+    save_sparse(
+        quantized(model, num_bits=8, strategy="channel"),
+        tmp_path / "both",
+        structure="sparse-24-bitmask",
+        progress=False,
+    )
     assert bits.stored(tmp_path / "both") == pytest.approx(reckoned, rel=1e-3)
     assert 5 <= bits.served(tmp_path / "both") <= 16
+
+
+def test_pruned_weights_of_four_bits_are_stored_with_their_zeros_and_served_without(tmp_path):
+    four_bits = {"num_bits": 4, "strategy": "group", "group_size": 128}
+    for name, period in (("pruned", 2), ("dense", 10)):
+        model = pruned(hidden_size=512, intermediate_size=512, period=period)
+        save_sparse(quantized(model, **four_bits), tmp_path / name, progress=False)
+    for name in ("pruned", "dense"):
+        assert bits.stored(tmp_path / name) == pytest.approx(4 + 16 / 128, abs=0.01)
+    assert bits.served(tmp_path / "pruned") == pytest.approx(1 + 4 / 2 + 16 / 128, rel=0.1)
+    assert bits.served(tmp_path / "dense") == bits.stored(tmp_path / "dense")
 
 
 def test_a_dense_checkpoint_has_no_bits_of_its_own(tmp_path):

@@ -135,7 +135,7 @@ def _quantize(
         bits_per_weight_stored=bits.stored(checkpoint),
         bits_per_weight_served=bits.served(checkpoint),
         layers=layers,
-        notes=[*notes, *_notes(plain, precision, reckon=quantization is not None and precision.bits < 8)],
+        notes=[*notes, *_notes(plain, precision)],
     )
 
 
@@ -168,7 +168,7 @@ def _round_inputs(precision: QuantizationArgs, module: nn.Module, args: tuple[An
     return fake_quantize(args[0], scale, zero_point, precision), *args[1:]
 
 
-def _notes(model: PreTrainedModel, precision: Precision, *, reckon: bool) -> list[str]:
+def _notes(model: PreTrainedModel, precision: Precision) -> list[str]:
     notes = []
     groups = Counter(precision.group_of(size.columns) for size in bits.sizes(model))
     if set(groups) != {precision.group}:
@@ -176,21 +176,4 @@ def _notes(model: PreTrainedModel, precision: Precision, *, reckon: bool) -> lis
         notes.append(f"groups of {precision.group} do not divide the inputs of every layer: {', '.join(parts)}")
     if precision.activations is not None:
         notes.append(f"activations are rounded to {precision.activations} bits in evaluation, as they are when served")
-    if reckon:
-        notes.append(
-            f"stored and served dense, zeros and all: no format and no kernel takes sparse {precision.bits}-bit "
-            f"weights; a bitmask over them would take {_reckoned(model, precision):.2f} bits per weight, reckoned"
-        )
     return notes
-
-
-def _reckoned(model: PreTrainedModel, precision: Precision) -> float:
-    """Bits per weight that a bitmask over the quantized values would take."""
-    total = weights = 0.0
-    for size in bits.sizes(model):
-        count = size.rows * size.columns
-        total += count * bits.reckon(
-            [size], precision.bits, sparse_format="sparse-bitmask", group=precision.group_of(size.columns) or 0
-        )
-        weights += count
-    return total / weights

@@ -69,23 +69,13 @@ def test_bits_are_those_of_values_and_scales(results, name):
         total += rows * (packed + 16 * columns // group) + (0 if name == "lora+w8a8" else 128)
         weights += rows * columns
     assert results[name].bits_per_weight_stored == pytest.approx(total / weights)
-    assert results[name].bits_per_weight_served == results[name].bits_per_weight_stored
+    if name != "lora+expert+w4":  # the zeros of which are left out where it is served
+        assert results[name].bits_per_weight_served == results[name].bits_per_weight_stored
 
 
-def test_four_bits_are_counted_dense_and_a_note_says_what_a_bitmask_would_take(results, even_task):
-    """A bitmask: 4 bits a non-zero, a bit for the mask, the groups' scales, an offset for each row, and the shape."""
-    result, expected, weights = results["lora+expert+w4"], 0, 0
-    (note,) = (note for note in result.notes if "stored and served dense" in note)
-    dense = run(even_task, "lora+w4a16")
-    assert result.bits_per_weight_stored == dense.bits_per_weight_stored
-    for layer in linears_in_blocks(result.model):
-        weight, group = layer.base.weight, layer.base.in_features
-        expected += 4 * int(weight.count_nonzero()) + weight.numel() * (1 + 16 / group) + 64 * len(weight) + 128
-        weights += weight.numel()
-    assert float(note.partition("would take ")[2].partition(" ")[0]) == pytest.approx(expected / weights, abs=0.006)
-    assert not any("dense" in note for name in ("lora+expert+w8", "lora+w4a16") for note in results[name].notes)
-    dense = run(even_task, "lora+w8a16")
-    assert results["lora+expert+w8"].bits_per_weight_stored < dense.bits_per_weight_stored
+def test_a_sparse_format_takes_eight_bits_and_none_takes_four(results, even_task):
+    assert results["lora+expert+w4"].bits_per_weight_stored == run(even_task, "lora+w4a16").bits_per_weight_stored
+    assert results["lora+expert+w8"].bits_per_weight_stored < run(even_task, "lora+w8a16").bits_per_weight_stored
 
 
 @pytest.mark.parametrize("name", ["lora+expert+w8", "lora+expert+w4"])
