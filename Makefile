@@ -49,7 +49,7 @@ bench-kernels: .venv-serve/ready
 bench-kernels-gpu:
 	$(PYTHON) -m integration.benchmarks.kernels_gpu $(BENCH)
 
-# A random model of 1.1B parameters in two engines, 8 GB of memory, ten minutes; writes build/bench/serve.json.
+# A random model of 1.1B parameters in six engines, 20 GB of memory, half an hour; writes build/bench/serve.json.
 bench-serve: .venv-serve/ready
 	.venv-serve/bin/python -m integration.benchmarks.serve $(BENCH)
 

@@ -18,6 +18,7 @@ from efx_plugin.checkpoint import save_sparse
 from efx_plugin.checkpoint.formats.registry import find_format, part_names
 from integration.serve_once import set_environment
 from integration.served import ask, difference
+from tests.support.quantized import W8A8, W8A16, quantize, w4a16
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,13 +57,7 @@ ARCHITECTURES = {
     "Qwen3Moe": {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 76},
 }
 
-INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
-INT4 = INT8 | {"num_bits": 4}
-SCHEMES = {
-    "W8A8": {"weights": INT8, "input_activations": INT8 | {"strategy": "token", "dynamic": True}},
-    "W8A16": {"weights": INT8},
-    "W4A16": {"weights": INT4 | {"strategy": "group", "group_size": 32}},
-}
+SCHEMES = {"W8A8": W8A8, "W8A16": W8A16, "W4A16": w4a16(32)}
 
 
 def save_tiny(directory: Path, architecture: str, **overrides) -> Path:
@@ -86,22 +81,11 @@ def kernel(scheme: str | None = None) -> str:
 
 
 def quantized_model(directory: Path, scheme: dict, architecture: str, **overrides):
-    """As llm-compressor leaves it, but for the scales: powers of two, so that bfloat16 holds the quantized weights."""
-    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
+    """A tiny sparse model, quantized by `quantize`."""
     from transformers import AutoModelForCausalLM
 
     dense = save_tiny(directory, architecture, **overrides) / "dense"
-    model = AutoModelForCausalLM.from_pretrained(dense, dtype="auto")
-    groups = {"group_0": {"targets": ["Linear"], **scheme}}
-    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
-    most = 2 ** (scheme["weights"]["num_bits"] - 1) - 1
-    for module in model.modules():
-        if hasattr(module, "weight_scale"):
-            largest = module.weight.data.abs().unflatten(1, (module.weight_scale.shape[1], -1)).amax(2)
-            module.weight_scale.data.copy_((largest / most).log2().ceil().exp2())
-            module.weight_zero_point.data.zero_()
-            module.quantization_status = QuantizationStatus.FROZEN
-    return model
+    return quantize(AutoModelForCausalLM.from_pretrained(dense, dtype="auto"), scheme)
 
 
 def save_adapter(directory: Path, model: Path) -> Path:

@@ -34,15 +34,19 @@ def test_engines_and_loading(tmp_path):
         tmp_path / "model", TINY, output, eager=True, batches=(1, 3), prefill_tokens=64, rounds=2, loads=1
     )
     assert json.loads(output.read_text()) == report
-    assert report["decode"].keys() == {"1", "3"}
-    assert report["spread"].keys() == {"1", "3", "prefill", "load_time"}
     assert report["versions"].keys() == {"efx-plugin", "vllm", "torch"}
-    ratios = [*report["decode"].values(), report["prefill"], report["load_time"], report["weight_bytes"]]
-    assert all(0.01 < ratio < 100 for ratio in ratios)
-    assert report["operator"] != "dense"
-    head = 320 * 128
-    linears = 2 * (128 * 128 * 2 + 128 * 64 * 2 + 128 * 192 * 3)
-    assert report["ratio_by_bytes"] == pytest.approx((linears + head) / (report["weight_bytes"] * linears + head))
+    assert report["tokens_per_second"].keys() == report["loading"].keys() == serve.KINDS.keys()
+    rivals = {"sparse bf16": ["bf16"], "sparse W8A8": ["bf16", "W8A8"], "sparse W4A16": ["bf16", "W8A8", "W4A16"]}
+    linears, head = 2 * (128 * 128 * 2 + 128 * 64 * 2 + 128 * 192 * 3), 320 * 128
+    for kind, found in report["sparse"].items():
+        assert found["operator"] != "dense"
+        assert list(found["over"]) == [f"dense {width}" for width in rivals[kind]]
+        bf16 = found["over"]["dense bf16"]
+        assert bf16["by_bytes"] == pytest.approx((linears + head) / (found["weight_bytes"] * linears + head))
+        for name in ("1", "3", "prefill"):
+            cells = [over["workloads"][name] for over in found["over"].values()]
+            assert all(0.01 < cell["ratio"] < 100 and cell["spread"] >= 0 for cell in cells)
+            assert sum(cell["rival"] for cell in cells) == 1
     assert not psutil.Process().children()
 
 

@@ -10,7 +10,6 @@ from efx_plugin.serving.pruned_int4 import logger
 from integration.served import difference
 from integration.serving_models import (
     PROMPTS,
-    SCHEMES,
     answers,
     assert_same,
     engine,
@@ -21,16 +20,16 @@ from integration.serving_models import (
     serve,
     serve_once,
 )
+from tests.support.quantized import save_compressed, w4a16
 from tests.support.tiny_llama import tiny_tokenizer
 
 pytestmark = pytest.mark.serving
 
 # Multiples of 32 everywhere, which vLLM's own kernel for four bits asks for; two ranks get 96 inputs each.
 SIZES = {"intermediate_size": 192}
-PER_CHANNEL = {"weights": SCHEMES["W4A16"]["weights"] | {"strategy": "channel", "group_size": None}}
 
 
-def save(directory, scheme=SCHEMES["W4A16"]):
+def save(directory, scheme):
     model = quantized_model(directory / "tiny", scheme, "Llama", **SIZES)
     save_sparse(model, directory / "int4", progress=False)
     return directory / "int4"
@@ -39,7 +38,7 @@ def save(directory, scheme=SCHEMES["W4A16"]):
 @pytest.fixture(scope="module")
 def int4(tmp_path_factory):
     """Llama in groups of 32, half of its weights zero, as stock vLLM reads it."""
-    return save(tmp_path_factory.mktemp("int4"))
+    return save(tmp_path_factory.mktemp("int4"), w4a16(32))
 
 
 def dense(directory, **options):
@@ -59,7 +58,7 @@ def test_groups_are_served_as_vllm_serves_them(int4, by_vllm):
 
 
 def test_whole_rows_are_served_as_vllm_serves_them_compiled(tmp_path):
-    directory = save(tmp_path, PER_CHANNEL)
+    directory = save(tmp_path, w4a16(None))
     compiled = {"enforce_eager": False}
     assert_same(dense(directory, **compiled), serve(directory, **compiled), kernel("W4A16"))
 
@@ -131,8 +130,7 @@ def test_what_is_not_packed_is_named_with_the_reason(int4, by_vllm, monkeypatch)
 
 
 def test_groups_that_no_sparse_kernel_takes_stay_with_vllm(tmp_path):
-    groups_of_16 = {"weights": SCHEMES["W4A16"]["weights"] | {"group_size": 16}}
-    assert serve(save(tmp_path, groups_of_16))["operator"] == "dense"
+    assert serve(save(tmp_path, w4a16(16)))["operator"] == "dense"
 
 
 def test_without_a_sparse_kernel_vllm_keeps_its_own(int4, by_vllm, monkeypatch):
@@ -147,14 +145,9 @@ def test_without_a_sparse_kernel_vllm_keeps_its_own(int4, by_vllm, monkeypatch):
 
 
 def test_an_unpruned_checkpoint_is_left_to_vllm(tmp_path):
-    from compressed_tensors.compressors import ModelCompressor
-
-    model = quantized_model(tmp_path / "tiny", SCHEMES["W4A16"], "Llama", **SIZES)
+    model = quantized_model(tmp_path / "tiny", w4a16(32), "Llama", **SIZES)
     for module in model.modules():
         if hasattr(module, "weight_scale"):
             module.weight.data.copy_(torch.randn_like(module.weight) * module.weight_scale.repeat_interleave(32, 1) * 3)
-    compressor = ModelCompressor.from_pretrained_model(model)
-    compressor.compress_model(model)
-    model.save_pretrained(tmp_path / "unpruned")
-    compressor.update_config(str(tmp_path / "unpruned"))
+    save_compressed(model, tmp_path / "unpruned")
     assert serve(tmp_path / "unpruned")["operator"] == "dense"

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from efx_plugin.checkpoint import find_format, format_names
 from efx_plugin.errors import EfxError, SparseCheckpointError
 from efx_plugin.kernels import sparse_linear
-from integration.serving_models import SCHEMES
+from tests.support.quantized import W8A8, W8A16
 
 pytestmark = pytest.mark.serving
 
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
+SCHEMES = {"W8A8": W8A8, "W8A16": W8A16}
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
@@ -336,7 +337,7 @@ def test_a_fused_layer_that_is_targeted_in_part_is_refused():
     ],
 )
 def test_other_quantizations_of_sparse_layers_are_refused(weights, inputs, found):
-    scheme = SCHEMES["W8A8"]
+    scheme = W8A8
     group = {
         "targets": ["Linear"],
         "weights": scheme["weights"] | weights,

@@ -6,7 +6,6 @@ from efx_plugin.checkpoint import export_checkpoint, load_sparse, save_sparse
 from efx_plugin.errors import EfxError
 from integration.served import difference
 from integration.serving_models import (
-    SCHEMES,
     assert_same,
     engine,
     kernel,
@@ -16,6 +15,7 @@ from integration.serving_models import (
     serve,
     swap_rows,
 )
+from tests.support.quantized import W8A8, W8A16, save_compressed
 
 pytestmark = pytest.mark.serving
 
@@ -23,15 +23,10 @@ pytestmark = pytest.mark.serving
 @pytest.fixture(scope="module")
 def w8a8(tmp_path_factory):
     """Llama, quantized: a directory with `sparse`, and `quantized` by compressed-tensors, without the sparsity."""
-    from compressed_tensors.compressors import ModelCompressor
-
     directory = tmp_path_factory.mktemp("w8a8")
-    model = quantized_model(directory / "tiny", SCHEMES["W8A8"], "Llama")
+    model = quantized_model(directory / "tiny", W8A8, "Llama")
     save_sparse(model, directory / "sparse", progress=False)
-    compressor = ModelCompressor.from_pretrained_model(model)
-    compressor.compress_model(model)
-    model.save_pretrained(directory / "quantized")
-    compressor.update_config(str(directory / "quantized"))
+    save_compressed(model, directory / "quantized")
     return directory
 
 
@@ -58,7 +53,7 @@ def test_the_dense_export_of_w8a8_is_served(w8a8, quantized, tmp_path):
 # Phi-3 is fused on disk, scales as well.
 @pytest.mark.parametrize("architecture", ["Llama", "Phi3"])
 def test_w8a16_is_served_as_the_weights_it_stands_for(tmp_path, architecture):
-    model = quantized_model(tmp_path / "tiny", SCHEMES["W8A16"], architecture)
+    model = quantized_model(tmp_path / "tiny", W8A16, architecture)
     save_sparse(model, tmp_path / "sparse", progress=False)
     # vLLM has no kernel for dense W8A16 on a CPU. Scale times int8 is exact in bfloat16 here.
     load_sparse(tmp_path / "sparse").save_pretrained(tmp_path / "plain")
@@ -66,7 +61,7 @@ def test_w8a16_is_served_as_the_weights_it_stands_for(tmp_path, architecture):
 
 
 def test_what_cannot_be_served_names_the_remedy(tmp_path):
-    fp8 = {part: args | {"type": "float"} for part, args in SCHEMES["W8A8"].items()}
+    fp8 = {part: args | {"type": "float"} for part, args in W8A8.items()}
     save_sparse(quantized_model(tmp_path / "tiny", fp8, "Llama"), tmp_path / "sparse", progress=False)
     with (
         pytest.raises(EfxError, match=r"both sparse and quantized, .*export_checkpoint\(.*structure=\"dense\"\)"),

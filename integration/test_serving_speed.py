@@ -12,7 +12,8 @@ pytestmark = pytest.mark.serving
 
 
 def test_engines_dense_and_sparse_answer_in_turn(tmp_path):
-    make_model(TINY, tmp_path)
+    for name in ("dense", "sparse"):
+        make_model(TINY, f"{name} bf16", tmp_path / name)
     refuse_python(sys.executable)
     found = measure(sys.executable, tmp_path / "dense", {"lora+expert 50 %": tmp_path / "sparse"}, tmp_path)
     assert found.keys() == {"lora", "lora+expert 50 %"}

@@ -1,10 +1,12 @@
-"""`make bench-serve`: tokens per second of a sparse model in vLLM, over those of the same weights stored dense.
+"""`make bench-serve`: tokens per second of sparse models in vLLM, over those of dense ones.
 
-The model is a random Llama of 1.1B parameters, its linear layers 50 % sparse by magnitude. Two engines of the same
-vLLM, dense and sparse, each in a process of its own, work in turn, compiled unless --eager. Figures are medians of the
-rounds, ratios medians of the ratios within each round, larger than 1 where sparse is faster. Decoding is timed from
-the first token of all requests on, prefill until then. The time of loading is taken in fresh processes, in turn too,
-with the files in memory; there a ratio larger than 1 says that sparse is slower.
+The model is a random Llama of 1.1B parameters, in three widths: bfloat16, int8 with quantized activations (W8A8) and
+int4 (W4A16). In each there is a dense model, as vLLM serves it, and a sparse one: half of the weights of its linear
+layers are zero. Each engine has a process of its own. They work in turn, compiled unless --eager. Figures are medians
+of the rounds, ratios medians of the ratios within each round, larger than 1 where sparse is faster. The ratio that
+counts is over the fastest dense model of at least as many bits a weight. Decoding is timed from the first token of
+all requests on, prefill until then. The time of loading is taken in fresh processes, in turn too, with the files in
+memory.
 
 Writes build/bench/serve.json (serve-eager.json).
 """
@@ -16,8 +18,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -39,6 +41,7 @@ from efx_plugin.machine import cpu_name
 from integration.benchmarks.progress import progress_on
 from integration.benchmarks.timing import OUTPUT, interleave, process, ratio, ratios, spread, timed, write_json
 from integration.packages import make_once
+from tests.support.quantized import W8A8, quantize, save_compressed, w4a16
 
 MODEL = {
     "vocab_size": 32_000,
@@ -59,6 +62,7 @@ NEW_TOKENS = 48
 PREFILL_TOKENS = 1024
 ROUNDS = 5
 LOADS = 3
+GROUP = 64  # weights of four bits that share a scale
 # An engine that waits may take this share of one core, and these seconds to end what it did before: it slows the other.
 IDLE = 0.05
 IDLE_SECONDS = 0.1
@@ -67,15 +71,42 @@ IDLE_SECONDS = 0.1
 LOAD_SECONDS = 20
 START_SECONDS = {"eager": 20, "compiled": 100}
 
-KINDS = ("dense", "sparse")
+
+@dataclass(frozen=True)
+class Kind:
+    """A form of the model.
+
+    Attributes:
+        bits: of a weight of the linear layers, with mask and scales: what decides which dense kinds are rivals.
+        width: a key of `SCHEMES`.
+        sparse: whether half of the weights are zero, and left out.
+    """
+
+    bits: float
+    width: str
+    sparse: bool
+
+
+SCHEMES: dict[str, dict[str, Any] | None] = {"bf16": None, "W8A8": W8A8, "W4A16": w4a16(GROUP)}
+KINDS = {
+    "dense bf16": Kind(16, "bf16", False),
+    "sparse bf16": Kind(9, "bf16", True),
+    "dense W8A8": Kind(8, "W8A8", False),
+    "sparse W8A8": Kind(5, "W8A8", True),
+    "dense W4A16": Kind(4 + 16 / GROUP, "W4A16", False),
+    "sparse W4A16": Kind(3 + 16 / GROUP, "W4A16", True),
+}
+BASE = "dense bf16"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--widths", nargs="+", choices=SCHEMES, default=list(SCHEMES), help="these, and dense bf16")
     args = parser.parse_args()
+    output = OUTPUT / f"serve{'-eager' * args.eager}.json"
     try:
-        bench(OUTPUT / "llama-1b", MODEL, OUTPUT / f"serve{'-eager' * args.eager}.json", eager=args.eager)
+        bench(OUTPUT / "llama-1b", MODEL, output, eager=args.eager, widths=args.widths)
     except (EfxError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 
@@ -86,15 +117,17 @@ def bench(
     output: Path,
     *,
     eager: bool,
+    widths: Sequence[str] = tuple(SCHEMES),
     batches: tuple[int, ...] = BATCHES,
     prefill_tokens: int = PREFILL_TOKENS,
     rounds: int = ROUNDS,
     loads: int = LOADS,
 ) -> dict[str, Any]:
-    """Make the model in `directory` unless it is there, measure, print, and write the report to `output`.
+    """Make the models in `directory` that are not there, measure, print, and write the report to `output`.
 
     Args:
         model: fields of a LlamaConfig.
+        widths: keys of `SCHEMES`; dense bfloat16 is always measured.
         batches: numbers of requests that decode together.
         prefill_tokens: tokens of the one prompt whose prefill is timed.
         rounds, loads: how often everything is measured.
@@ -107,7 +140,9 @@ def bench(
         RuntimeError: an engine stopped.
     """
     console = Console()
-    make_once(directory, partial(make_model, model))
+    kinds = [name for name, kind in KINDS.items() if name == BASE or kind.width in widths]
+    for name in kinds:
+        make_once(path_of(directory, name), partial(make_model, model, name))
     longest = max(prefill_tokens, PROMPT_TOKENS * max(batches), PROMPT_TOKENS + NEW_TOKENS) + 1
     options = {
         "dtype": "bfloat16",
@@ -120,39 +155,49 @@ def bench(
     }
     workloads = {str(batch): make_workload(model, batch, PROMPT_TOKENS, NEW_TOKENS) for batch in batches}
     workloads["prefill"] = make_workload(model, 1, prefill_tokens, 1)
-    console.print(
-        f"about {expected_minutes(model, workloads, rounds, loads, eager):.0f} minutes on this machine ({cpu_name()})"
-    )
+    minutes = expected_minutes(model, workloads, len(kinds), rounds, loads, eager)
+    console.print(f"about {minutes:.0f} minutes on this machine ({cpu_name()})")
     with progress_on(console) as progress:
-        load_seconds = time_loading(directory, options, loads, progress)
-        task = progress.add_task("starting the engines", total=len(KINDS))
-        with engine("dense", directory, options, output) as dense:
-            progress.advance(task)
-            with engine("sparse", directory, options, output) as sparse:
+        load_seconds = time_loading(directory, kinds, options, loads, progress)
+        task = progress.add_task("starting the engines", total=len(kinds))
+        with ExitStack() as stack:
+            engines = {}
+            for name in kinds:
+                engines[name] = stack.enter_context(engine(name, directory, options, output))
                 progress.advance(task)
-                facts = sparse.ask({})
-                seconds = time_generation({"dense": dense, "sparse": sparse}, workloads, rounds, progress)
+            facts = {name: one.ask({}) for name, one in engines.items()}
+            seconds = time_generation(engines, workloads, rounds, progress)
     report = summarize(seconds, load_seconds, facts, workloads, model)
     print_report(report, console)
     write_json(output, report)
-    console.print(f"{output}: {facts['threads']} threads, {'eager' if eager else 'compiled'}")
+    console.print(f"{output}: {report['threads']} threads, {'eager' if eager else 'compiled'}")
     return report
 
 
-def make_model(fields: dict[str, Any], directory: Path) -> None:
-    """Save a random Llama as `dense` and `sparse` below `directory`: the same weights, half of the linear ones zero."""
-    config = LlamaConfig(**fields, dtype="bfloat16")
+def path_of(directory: Path, name: str) -> Path:
+    """Where the model of a kind lies."""
+    return directory / name.replace(" ", "-")
+
+
+def make_model(fields: dict[str, Any], name: str, directory: Path) -> None:
+    """Save a random Llama as one of `KINDS`: the same weights in all of them, but for half of those of sparse ones."""
+    kind, config = KINDS[name], LlamaConfig(**fields, dtype="bfloat16")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).to(torch.bfloat16)
-    linears = [
-        module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not model.lm_head
-    ]
-    for module in track(linears, "pruning a random model"):
-        size = module.weight.data.abs()
-        module.weight.data[size < size.median()] = 0
-    model.save_pretrained(directory / "dense")
-    save_sparse(model, directory / "sparse")
+    if kind.sparse:
+        linears = (module for module in model.model.modules() if isinstance(module, torch.nn.Linear))
+        for module in track(list(linears), "pruning a random model"):
+            size = module.weight.data.abs()
+            module.weight.data[size < size.median()] = 0
+    if (scheme := SCHEMES[kind.width]) is not None:
+        quantize(model, scheme)
+    if kind.sparse:
+        save_sparse(model, directory)
+    elif scheme is None:
+        model.save_pretrained(directory)
+    else:
+        save_compressed(model, directory)
 
 
 def make_workload(model: dict[str, Any], batch: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
@@ -163,9 +208,10 @@ def make_workload(model: dict[str, Any], batch: int, prompt_tokens: int, new_tok
 
 
 def expected_minutes(
-    model: dict[str, Any], workloads: dict[str, dict[str, Any]], rounds: int, loads: int, eager: bool
+    model: dict[str, Any], workloads: dict[str, dict[str, Any]], kinds: int, rounds: int, loads: int, eager: bool
 ) -> float:
-    """How long everything is going to take, from the time of one layer's dense product at each number of tokens."""
+    """How long everything is going to take, from the time of one layer's dense product at each number of tokens, as if
+    all kinds took it."""
     width, inner, layers = model["hidden_size"], model["intermediate_size"], model["num_hidden_layers"]
     weight = torch.zeros(inner, width, dtype=torch.bfloat16)
     share = weight.numel() / (layers * (3 * inner * width + 3 * width * width) + model["vocab_size"] * width)
@@ -181,7 +227,7 @@ def expected_minutes(
         prompts = workload["prompts"]
         seconds += step(len(prompts) * len(prompts[0])) + (workload["new_tokens"] - 1) * step(len(prompts))
     start = START_SECONDS["eager" if eager else "compiled"]
-    return len(KINDS) * ((1 + rounds) * seconds + loads * LOAD_SECONDS + start) / 60
+    return kinds * ((1 + rounds) * seconds + loads * LOAD_SECONDS + start) / 60
 
 
 @dataclass(frozen=True)
@@ -198,16 +244,16 @@ class Engine:
 
 @contextmanager
 def engine(kind: str, directory: Path, options: dict[str, Any], output: Path) -> Iterator[Engine]:
-    """Start the engine for the dense or the sparse model; its log goes beside the output."""
+    """Start the engine for one of `KINDS`; its log goes beside the output."""
     with (
-        open(output.with_name(f"{output.stem}-{kind}.log"), "w") as log,
+        open(output.with_name(f"{output.stem}-{kind.replace(' ', '-')}.log"), "w") as log,
         process(f"the {kind} engine", command(kind, directory, options), environment(), log) as (ask, pid),
     ):
         yield Engine(lambda request: json.loads(ask(json.dumps(request))), pid)
 
 
 def command(kind: str, directory: Path, options: dict[str, Any]) -> list[str]:
-    options = {"model": str(directory / kind)} | options
+    options = {"model": str(path_of(directory, kind))} | options
     return [sys.executable, "-m", "integration.benchmarks.engine", json.dumps(options)]
 
 
@@ -217,24 +263,26 @@ def environment() -> dict[str, str]:
     return inherited | {"VLLM_NO_USAGE_STATS": "1"}
 
 
-def time_loading(directory: Path, options: dict[str, Any], loads: int, progress: Progress) -> dict[str, list[float]]:
+def time_loading(
+    directory: Path, kinds: Sequence[str], options: dict[str, Any], loads: int, progress: Progress
+) -> dict[str, list[float]]:
     """Seconds of loading each model in fresh processes."""
     for file in directory.glob("*/*.safetensors"):
         with open(file, "rb") as stream:  # so that it is in memory from the first time on
             while stream.read(2**24):
                 pass
-    task = progress.add_task("loading", total=loads * len(KINDS))
+    task = progress.add_task("loading", total=loads * len(kinds))
 
     def seconds(kind: str) -> float:
         result = subprocess.run(
             [*command(kind, directory, options), "--load"], env=environment(), capture_output=True, text=True
         )
         if result.returncode:
-            raise RuntimeError(f"vLLM could not load {directory / kind}: {result.stderr[-2000:]}")
+            raise RuntimeError(f"vLLM could not load {path_of(directory, kind)}: {result.stderr[-2000:]}")
         progress.advance(task)
         return float(result.stdout)
 
-    return interleave({kind: partial(seconds, kind) for kind in KINDS}, loads)
+    return interleave({kind: partial(seconds, kind) for kind in kinds}, loads)
 
 
 def time_generation(
@@ -275,58 +323,90 @@ def time_generation(
 def summarize(
     seconds: dict[tuple[str, str], list[float]],
     load_seconds: dict[str, list[float]],
-    facts: dict[str, Any],
+    facts: dict[str, dict[str, Any]],
     workloads: dict[str, dict[str, Any]],
     model: dict[str, Any],
 ) -> dict[str, Any]:
-    """The report; `ratio_by_bytes` is that of the bytes that are read for a token, the output layer's included."""
+    """The report. Of each sparse kind `weight_bytes` is the memory of its linear layers over that in bfloat16, and
+    `over` each dense kind the `ratio` of every workload, with its `spread` and whether that kind is its `rival`: the
+    fastest one with as many bits. `by_bytes` is the ratio of the bytes that are read for a token, the output layer's
+    included."""
     head = model["vocab_size"] * model["hidden_size"] * torch.bfloat16.itemsize
-    by_workload = {name: (seconds["sparse", name], seconds["dense", name]) for name in workloads}
-    found = {name: ratio(*pair) for name, pair in by_workload.items()}
-    spreads = {name: spread(ratios(*pair)) for name, pair in by_workload.items()}
+    dense = [name for name in facts if not KINDS[name].sparse]
 
     def tokens_per_second(kind: str, name: str) -> float:
         prompts, new_tokens = workloads[name]["prompts"], workloads[name]["new_tokens"]
         tokens = len(prompts[0]) if name == "prefill" else len(prompts) * (new_tokens - 1)
         return tokens / median(seconds[kind, name])
 
+    speeds = {kind: {name: tokens_per_second(kind, name) for name in workloads} for kind in facts}
+    sparse = {}
+    for kind in (name for name in facts if KINDS[name].sparse):
+        packed, of_bf16 = facts[kind]["packed_bytes"], facts[kind]["dense_bytes"]
+        rivals = [rival for rival in dense if KINDS[rival].bits >= KINDS[kind].bits]
+        over: dict[str, Any] = {}
+        for rival in rivals:
+            by_bytes = (of_bf16 * KINDS[rival].bits / KINDS[BASE].bits + head) / (packed + head)
+            over[rival] = {"by_bytes": by_bytes, "workloads": {}}
+            for name in workloads:
+                pair = seconds[kind, name], seconds[rival, name]
+                over[rival]["workloads"][name] = {
+                    "ratio": ratio(*pair),
+                    "spread": spread(ratios(*pair)),
+                    "rival": rival == max(rivals, key=lambda other: speeds[other][name]),
+                }
+        sparse[kind] = {"operator": facts[kind]["operator"], "weight_bytes": packed / of_bf16, "over": over}
+    loading = {
+        kind: {
+            "seconds": median(load_seconds[kind]),
+            "ratio": ratio(load_seconds[BASE], load_seconds[kind]),
+            "spread": spread(ratios(load_seconds[BASE], load_seconds[kind])),
+        }
+        for kind in facts
+    }
     return {
-        "decode": {name: found[name] for name in workloads if name != "prefill"},
-        "prefill": found["prefill"],
-        "weight_bytes": facts["packed_bytes"] / facts["dense_bytes"],
-        "load_time": ratio(load_seconds["dense"], load_seconds["sparse"]),
-        "operator": facts["operator"],
-        "ratio_by_bytes": (facts["dense_bytes"] + head) / (facts["packed_bytes"] + head),
-        "tokens_per_second": {kind: {name: tokens_per_second(kind, name) for name in workloads} for kind in KINDS},
-        "load_seconds": {kind: median(load_seconds[kind]) for kind in KINDS},
-        "spread": spreads | {"load_time": spread(ratios(load_seconds["dense"], load_seconds["sparse"]))},
-        "threads": facts["threads"],
-        "versions": {"efx-plugin": version("efx-plugin")} | facts["versions"],
+        "tokens_per_second": speeds,
+        "sparse": sparse,
+        "loading": loading,
+        "threads": facts[BASE]["threads"],
+        "versions": {"efx-plugin": version("efx-plugin")} | facts[BASE]["versions"],
     }
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
-    table = Table(title=f"tokens per second, sparse on {report['operator']}", box=box.SIMPLE_HEAD)
-    for column in ("", "dense", "sparse", "ratio", "±"):
+    speeds = report["tokens_per_second"]
+    table = Table(title="tokens per second", box=box.SIMPLE_HEAD)
+    for column in ("", *speeds):
         table.add_column(column, justify="right" if column else "left")
-    for name, spread_found in report["spread"].items():
-        if name == "load_time":
-            continue
-        prefill = name == "prefill"
-        table.add_row(
-            "prefill" if prefill else f"decode, batch {name}",
-            *(f"{report['tokens_per_second'][kind][name]:.1f}" for kind in KINDS),
-            f"{report['prefill'] if prefill else report['decode'][name]:.3f}",
-            f"{spread_found:.3f}",
-        )
+    for name in speeds[BASE]:
+        table.add_row(_title(name), *(f"{speeds[kind][name]:.1f}" for kind in speeds))
+    seconds = (f"{one['seconds']:.1f}" for one in report["loading"].values())
+    table.add_row("loading, seconds", *seconds)
     console.print(table)
-    limit = report["ratio_by_bytes"]
-    reached = ", ".join(f"{figure / limit:.0%} at batch {batch}" for batch, figure in report["decode"].items())
-    console.print(f"The bytes read per token, output layer included, allow a ratio of {limit:.3f}: reached {reached}")
-    console.print(f"Sparse over dense: resident linear weights {report['weight_bytes']:.3f} of the bytes")
-    console.print(
-        f"Sparse over dense: loading {report['load_time']:.2f} of the time (± {report['spread']['load_time']:.2f})"
-    )
+    table = Table(title="sparse over dense, larger than 1 where sparse is faster", box=box.SIMPLE_HEAD)
+    for column in ("", "", *(_title(name) for name in speeds[BASE]), "bytes allow"):
+        table.add_column(column, justify="right" if column else "left")
+    for kind, found in report["sparse"].items():
+        for rival, over in found["over"].items():
+            cells = over["workloads"].values()
+            table.add_row(
+                kind,
+                f"over {rival}",
+                *(f"{'*' * cell['rival']}{cell['ratio']:.3f} ± {cell['spread']:.3f}" for cell in cells),
+                f"{over['by_bytes']:.3f}",
+            )
+    console.print(table)
+    console.print("* over the fastest dense model of as many bits; bytes: read for a token, output layer included")
+    for kind, found in report["sparse"].items():
+        loading = report["loading"][kind]
+        console.print(
+            f"{kind}, on {found['operator']}: linear weights {found['weight_bytes']:.3f} of the bytes of {BASE}, "
+            f"loading {loading['ratio']:.2f} of its time (± {loading['spread']:.2f})"
+        )
+
+
+def _title(workload: str) -> str:
+    return workload if workload == "prefill" else f"decode, batch {workload}"
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
 
 from efx_plugin.checkpoint import find_format, linear_bytes, save_sparse
 from efx_plugin.errors import EfxError
 from efx_plugin.evaluate import bits
+from tests.support.quantized import W8A16, quantize, w4a16
 from tests.support.tiny_llama import save_tiny_llama, tiny_llama
 
 
@@ -49,24 +49,11 @@ def test_a_sparse_checkpoint_is_served_from_about_as_many_bits(tmp_path):
     assert bits.stored(tmp_path / "sparse") == pytest.approx(9, abs=0.3)
 
 
-def quantized(model, **weights):
-    """As llm-compressor leaves a model: a scale for each row or group, which every value is within reach of."""
-    symmetric = {"type": "int", "symmetric": True, **weights}
-    groups = {"group_0": {"targets": ["Linear"], "weights": symmetric}}
-    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
-    for module in model.modules():
-        if hasattr(module, "weight_scale"):
-            groups = module.weight.data.float().abs().unflatten(1, (module.weight_scale.shape[1], -1))
-            module.weight_scale.data.copy_(groups.amax(-1) / (2 ** (weights["num_bits"] - 1) - 1))
-            module.quantization_status = QuantizationStatus.FROZEN
-    return model
-
-
 def test_scales_count_where_a_checkpoint_is_quantized_as_well(tmp_path):
     model = pruned(hidden_size=512, intermediate_size=512)
     reckoned = reckon(model, 8, "sparse-24-bitmask", scales_a_row=1)
     save_sparse(
-        quantized(model, num_bits=8, strategy="channel"),
+        quantize(model, W8A16),
         tmp_path / "both",
         structure="sparse-24-bitmask",
         progress=False,
@@ -76,10 +63,9 @@ def test_scales_count_where_a_checkpoint_is_quantized_as_well(tmp_path):
 
 
 def test_pruned_weights_of_four_bits_are_stored_with_their_zeros_and_served_without(tmp_path):
-    four_bits = {"num_bits": 4, "strategy": "group", "group_size": 128}
     for name, period in (("pruned", 2), ("dense", 10)):
         model = pruned(hidden_size=512, intermediate_size=512, period=period)
-        save_sparse(quantized(model, **four_bits), tmp_path / name, progress=False)
+        save_sparse(quantize(model, w4a16(128)), tmp_path / name, progress=False)
     for name in ("pruned", "dense"):
         assert bits.stored(tmp_path / name) == pytest.approx(4 + 16 / 128, abs=0.01)
     assert bits.served(tmp_path / "pruned") == pytest.approx(1 + 4 / 2 + 16 / 128, rel=0.1)
