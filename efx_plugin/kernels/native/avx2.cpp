@@ -1,35 +1,10 @@
-// AVX2 and FMA: eight values are moved under one byte of the mask by a shuffle that a table gives.
-//
-// PDEP would move nibbles at once, but takes hundreds of cycles before Zen 3.
+// AVX2 and FMA. PDEP would move nibbles at once, but takes hundreds of cycles before Zen 3.
 #include <immintrin.h>
 
+#include "expand_sixteen.hpp"
 #include "floats.hpp"
 
 namespace {
-
-template <int kSize>
-struct Shuffles {
-    alignas(64) uint8_t bytes[256][8 * kSize];
-};
-
-// For each byte of a mask, the shuffle that moves the k-th element, of kSize bytes, to the k-th set bit and clears the
-// others.
-template <int kSize>
-constexpr Shuffles<kSize> make_shuffles() {
-    Shuffles<kSize> shuffles{};
-    for (int mask = 0; mask < 256; mask++) {
-        uint8_t next = 0;
-        for (int bit = 0; bit < 8; bit++) {
-            const bool is_set = mask >> bit & 1;
-            for (int i = 0; i < kSize; i++) shuffles.bytes[mask][kSize * bit + i] = is_set ? next + i : 0x80;
-            next += is_set ? kSize : 0;
-        }
-    }
-    return shuffles;
-}
-
-constexpr Shuffles<1> kByteShuffles = make_shuffles<1>();
-constexpr Shuffles<2> kShuffles = make_shuffles<2>();
 
 struct Avx2 {
     struct Floats {
@@ -60,6 +35,11 @@ struct Avx2 {
         vectors[1] = {_mm256_castsi256_ps(_mm256_and_si256(upper, odd)),
                       _mm256_castsi256_ps(_mm256_and_si256(lower, odd))};
     }
+    EFX_INLINE static inline void expand_bytes(uint64_t mask, const int8_t* values, Floats* vectors) {
+        const __m256i upper = expand_half(mask, values);  // four columns of eight rows
+        const __m256i lower = expand_half(mask >> 32, values + __builtin_popcountll(mask & 0xFFFFFFFF));
+        unroll<4>([&](auto c) EFX_INLINE { vectors[c] = {column<c>(upper), column<c>(lower)}; });
+    }
     EFX_INLINE static inline void expand_nibbles(uint64_t mask, Nibbles values, Floats* vectors) {
         // Four rows each, the four values of a column together.
         const __m128i by_column = _mm_setr_epi8(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15);
@@ -78,6 +58,15 @@ struct Avx2 {
     }
 
    private:
+    EFX_INLINE static inline __m256i expand_half(uint64_t mask, const int8_t* values) {
+        const uint32_t first = mask & 0xFFFF, second = mask >> 16 & 0xFFFF;
+        return _mm256_set_m128i(expand_sixteen(second, values + __builtin_popcount(first)),
+                                expand_sixteen(first, values));
+    }
+    template <int c>
+    EFX_INLINE static inline __m256 column(__m256i fours) {
+        return _mm256_cvtepi32_ps(_mm256_srai_epi32(c == 3 ? fours : _mm256_slli_epi32(fours, 24 - 8 * c), 24));
+    }
     // Two rows of four columns, under 8 bits of the mask: bytes, each a nibble; `values` goes on behind them.
     EFX_INLINE static inline __m128i expand_eight(uint64_t mask, Nibbles& values) {
         const __m128i half = _mm_set1_epi8(15);

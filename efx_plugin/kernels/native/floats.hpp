@@ -3,6 +3,7 @@
 // A `Simd` has `Floats`, 16 of them, with zero(), load(from), store(to, floats), multiply_add(sum, floats, x) for floats
 // or one x, and
 //   expand_pairs(mask, values, floats)     bfloat16 groups to floats[2], one column of 16 rows each
+//   expand_bytes(mask, values, floats)     int8 groups to floats[4]
 //   expand_nibbles(mask, nibbles, floats)  int4 groups to floats[4]
 // and kTile, blocks(m) as in linear.hpp, for the number of its registers.
 #pragma once
@@ -61,19 +62,13 @@ struct FourColumns : FloatDot<Simd> {
     }
 };
 
-// int8 weights are expanded value by value.
 template <class Simd>
 struct Int8Float : FourColumns<Simd> {
     using Value = int8_t;
     using Values = const Value*;
 
-    static void expand(uint64_t mask, const Value* values, typename Simd::Floats* vectors) {
-        alignas(64) float floats[4][kBlock] = {};
-        for (; mask; mask &= mask - 1) {
-            const int bit = __builtin_ctzll(mask);
-            floats[bit % 4][bit / 4] = *values++;
-        }
-        unroll<4>([&](auto c) EFX_INLINE { vectors[c] = Simd::load(floats[c]); });
+    EFX_INLINE static inline void expand(uint64_t mask, const Value* values, typename Simd::Floats* vectors) {
+        Simd::expand_bytes(mask, values, vectors);
     }
 };
 

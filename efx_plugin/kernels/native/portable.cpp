@@ -32,6 +32,13 @@ struct Portable {
             vectors[bit % 2].lanes[bit / 2] = to_float(*values++);
         }
     }
+    static void expand_bytes(uint64_t mask, const int8_t* values, Floats* vectors) {
+        vectors[0] = vectors[1] = vectors[2] = vectors[3] = {};
+        for (; mask; mask &= mask - 1) {
+            const int bit = __builtin_ctzll(mask);
+            vectors[bit % 4].lanes[bit / 4] = *values++;
+        }
+    }
     static void expand_nibbles(uint64_t mask, Nibbles values, Floats* vectors) {
         vectors[0] = vectors[1] = vectors[2] = vectors[3] = {};
         for (; mask; mask &= mask - 1, values += 1) {
