@@ -23,6 +23,7 @@ _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 INSTRUCTIONS = {
     f"{CHECKPOINT}/avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vbmi2"],
     f"{KERNELS}/avx512_bf16.cpp": [*_AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni", "-mavx512bf16"],
+    f"{KERNELS}/avx512_vnni.cpp": [*_AVX512, "-mbmi2", "-mavx512vnni"],
     f"{KERNELS}/avx512.cpp": [*_AVX512, "-mbmi2"],
     f"{KERNELS}/avx2.cpp": ["-mavx2", "-mfma"],
 }
@@ -99,7 +100,7 @@ setup(
         library(
             "efx_plugin.kernels.native._linear",
             KERNELS,
-            ["binding.cpp", "entry.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp", "avx512_bf16.cpp"],
+            ["binding.cpp", "entry.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp", "avx512_vnni.cpp", "avx512_bf16.cpp"],
             flags=["-fopenmp"],
         ),
     ],

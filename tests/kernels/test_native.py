@@ -410,6 +410,7 @@ def test_unknown_numbers_are_refused_by_every_function():
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 INSTRUCTIONS = {
     "avx512_bf16.cpp": [*AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni", "-mavx512bf16"],
+    "avx512_vnni.cpp": [*AVX512, "-mbmi2", "-mavx512vnni"],
     "avx512.cpp": [*AVX512, "-mbmi2"],
     "avx2.cpp": ["-mavx2", "-mfma"],
 }

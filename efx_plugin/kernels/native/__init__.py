@@ -33,6 +33,7 @@ MOST_INT8_COLUMNS = 65_536
 
 SUMMARIES = {
     "avx512_bf16": "non-zeros expanded in registers, AVX-512 dot products",
+    "avx512_vnni": "non-zeros expanded in registers, AVX-512 without bfloat16 instructions, dot products of int8",
     "avx512": "non-zeros expanded in registers, AVX-512 without bfloat16 instructions",
     "avx2": "non-zeros expanded in registers, AVX2: less memory, about the speed of dense",
     "portable": "plain C++: less memory, slower than dense",

@@ -31,14 +31,7 @@ struct Avx512 {
         vectors[1] = _mm512_permutex2var_ps(upper_rows, odd, lower_rows);
     }
     EFX_INLINE static inline void expand_bytes(uint64_t mask, const int8_t* values, Floats* vectors) {
-        __m128i rows[4];  // each four rows of four columns
-        unroll<4>([&](auto i) EFX_INLINE {
-            const uint32_t kept = mask >> 16 * i & 0xFFFF;
-            rows[i] = expand_sixteen(kept, values);
-            values += __builtin_popcount(kept);
-        });
-        const __m512i fours = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(rows[1], rows[0])),
-                                                 _mm256_set_m128i(rows[3], rows[2]), 1);
+        const __m512i fours = expand_sixty_four(mask, values);
         unroll<4>([&](auto c) EFX_INLINE {
             const __m512i top = c == 3 ? fours : _mm512_slli_epi32(fours, 24 - 8 * c);
             vectors[c] = _mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24));

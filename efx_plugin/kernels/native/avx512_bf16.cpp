@@ -4,22 +4,41 @@
 
 #include "linear.hpp"
 #include "pack.hpp"
+#include "vnni.hpp"
 
 namespace {
 
-struct Registers {  // what the dots here have in common: 32 registers of 512 bits
-    using Floats = __m512;
-    static constexpr int kTile = 24;
-    static constexpr bool kSpans = false;
-    static constexpr int kShift = 0;
-    static constexpr int column(int i) { return i; }
+struct Bytes {
+    uint8_t bytes[64];
+};
+
+template <class F>
+constexpr Bytes make_bytes(F&& byte) {
+    Bytes made{};
+    for (int i = 0; i < 64; i++) made.bytes[i] = static_cast<uint8_t>(byte(i));
+    return made;
+}
+
+// Groups expand in one instruction.
+struct Vbmi2 : Registers {
     EFX_INLINE static inline void round(const float* floats, uint16_t* bf16) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(bf16), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(floats)));
     }
-    static constexpr int blocks(int m) { return m <= 4 ? 4 : m <= 8 ? 3 : m <= 13 ? 2 : 1; }
+    EFX_INLINE static inline __m512i expand_bytes(uint64_t mask, const int8_t* values) {
+        return _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(values));
+    }
+    EFX_INLINE static inline __m512i expand_nibbles(uint64_t mask, const Nibbles& values) {
+        // Eight nibbles come from eight bytes, for the last of them may lie in the fifth.
+        alignas(64) static constexpr Bytes kFrom = make_bytes([](int i) { return i / 8 * 4 + i % 8; });
+        alignas(64) static constexpr Bytes kShifts[2] = {make_bytes([](int i) { return i % 8 * 4; }),
+                                                         make_bytes([](int i) { return i % 8 * 4 + 4; })};
+        const __m512i bytes = _mm512_permutexvar_epi8(_mm512_load_si512(&kFrom), _mm512_loadu_si512(values.at()));
+        const __m512i shifts = _mm512_load_si512(&kShifts[values.next % 2]);
+        return _mm512_maskz_expand_epi8(mask, _mm512_multishift_epi64_epi8(shifts, bytes));
+    }
 };
 
-struct FloatSums : Registers {
+struct FloatSums : Vbmi2 {
     using Vector = __m512i;
     using Accumulator = __m512;
     static Accumulator zero() { return _mm512_setzero_ps(); }
@@ -27,12 +46,6 @@ struct FloatSums : Registers {
         _mm512_store_ps(floats, sum);
     }
 };
-
-inline __m512i broadcast(const void* four_bytes) {
-    int32_t bits;
-    std::memcpy(&bits, four_bytes, 4);
-    return _mm512_set1_epi32(bits);
-}
 
 // bfloat16 times bfloat16.
 struct Bf16Bf16 : FloatSums {
@@ -47,22 +60,6 @@ struct Bf16Bf16 : FloatSums {
     }
     EFX_INLINE static inline Accumulator multiply(Accumulator sum, const Vector* vectors, const Element* x) {
         return _mm512_dpbf16_ps(sum, (__m512bh)vectors[0], (__m512bh)broadcast(x));
-    }
-};
-
-struct Int8Weight {
-    using Mask = uint64_t;
-    using Value = int8_t;
-    using Values = const Value*;
-    static constexpr int kColumns = 4;
-
-    EFX_INLINE static inline __m512i expand_bytes(Mask mask, const Value* values) {
-        return _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(values));
-    }
-    // Column c of the 16 rows.
-    template <int c>
-    EFX_INLINE static inline __m512 floats_of(__m512i fours) {
-        return _mm512_cvtepi32_ps(_mm512_srai_epi32(c == 3 ? fours : _mm512_slli_epi32(fours, 24 - 8 * c), 24));
     }
 };
 
@@ -83,70 +80,16 @@ struct Int8Bf16 : FloatSums, Int8Weight {
     }
 
    private:
+    // Column c of the 16 rows.
+    template <int c>
+    EFX_INLINE static inline __m512 floats_of(__m512i fours) {
+        return _mm512_cvtepi32_ps(_mm512_srai_epi32(c == 3 ? fours : _mm512_slli_epi32(fours, 24 - 8 * c), 24));
+    }
     // The upper halves of both, which are all of a small integer.
     EFX_INLINE static inline __m512i pair(__m512 even, __m512 odd) {
         const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
         return _mm512_mask_blend_epi16(0xAAAAAAAA, low, _mm512_castps_si512(odd));
     }
-};
-
-// int8 times int8, in integers. The instruction takes one side without a sign: activations are shifted by 128, which adds
-// 128 times the sum of the row's weights.
-struct Int8Int8 : Registers, Int8Weight {
-    using Element = uint8_t;
-    using Vector = __m512i;
-    using Accumulator = __m512i;
-    static constexpr int kVectors = 1;
-
-    static Accumulator zero() { return _mm512_setzero_si512(); }
-    static Element quantize(float x) { return static_cast<Element>(128 + nearest(x)); }
-    EFX_INLINE static inline void expand(Mask mask, const Value* values, Vector* vectors) {
-        vectors[0] = expand_bytes(mask, values);
-    }
-    EFX_INLINE static inline Accumulator multiply(Accumulator sum, const Vector* vectors, const Element* x) {
-        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(broadcast(x)), "v"(vectors[0]));  // the intrinsic costs copies
-        return sum;
-    }
-    EFX_INLINE static inline void finish(Accumulator sum, float* floats, const int32_t* sums) {
-        const __m512i shift = _mm512_slli_epi32(_mm512_loadu_si512(sums), 7);
-        _mm512_store_ps(floats, _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, shift)));
-    }
-};
-
-struct Bytes {
-    uint8_t bytes[64];
-};
-
-template <class F>
-constexpr Bytes make_bytes(F&& byte) {
-    Bytes made{};
-    for (int i = 0; i < 64; i++) made.bytes[i] = static_cast<uint8_t>(byte(i));
-    return made;
-}
-
-struct Int4Weight {
-    using Mask = uint64_t;
-    using Value = uint8_t;
-    using Values = Nibbles;
-    static constexpr bool kSpans = true;
-    static constexpr int kColumns = 4, kTile = 16;
-
-    // Bytes with a nibble each in their lower halves, and anything in their upper halves; 0 where the mask is 0.
-    EFX_INLINE static inline __m512i expand_nibbles(Mask mask, const Nibbles& values) {
-        // Eight nibbles come from eight bytes, for the last of them may lie in the fifth.
-        alignas(64) static constexpr Bytes kFrom = make_bytes([](int i) { return i / 8 * 4 + i % 8; });
-        alignas(64) static constexpr Bytes kShifts[2] = {make_bytes([](int i) { return i % 8 * 4; }),
-                                                         make_bytes([](int i) { return i % 8 * 4 + 4; })};
-        const __m512i bytes = _mm512_permutexvar_epi8(_mm512_load_si512(&kFrom), _mm512_loadu_si512(values.at()));
-        const __m512i shifts = _mm512_load_si512(&kShifts[values.next % 2]);
-        return _mm512_maskz_expand_epi8(mask, _mm512_multishift_epi64_epi8(shifts, bytes));
-    }
-    EFX_INLINE static inline __m512 load_scales(const uint16_t* scales, bool is_fp16) {
-        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales));
-        if (is_fp16) return _mm512_cvtph_ps(halves);
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-    }
-    EFX_INLINE static inline void store(float* floats, __m512 total) { _mm512_store_ps(floats, total); }
 };
 
 // int4 times bfloat16.
@@ -172,33 +115,6 @@ struct Int4Bf16 : FloatSums, Int4Weight {
     }
     EFX_INLINE static inline __m512 add_scaled(__m512 total, Accumulator sum, __m512 scales, int32_t) {
         return _mm512_fmadd_ps(sum, scales, total);
-    }
-};
-
-// int4 times int8. The weights are the side without a sign: 8 is added to them, zeros too.
-struct Int4Int8 : Registers, Int4Weight {
-    using Element = int8_t;
-    using Vector = __m512i;
-    using Accumulator = __m512i;
-    using Int4Weight::kSpans, Int4Weight::kTile;
-    static constexpr int kVectors = 1, kShift = 8;
-    static constexpr int blocks(int m) { return m <= 4 ? 4 : m <= 6 ? 3 : m <= 11 ? 2 : 1; }
-    static constexpr int column(int i) { return efx::kInt4Order[i]; }
-
-    static Accumulator zero() { return _mm512_setzero_si512(); }
-    static Element quantize(float x) { return static_cast<Element>(nearest(x)); }
-    EFX_INLINE static inline void expand(Mask mask, const Nibbles& values, Vector* vectors) {
-        constexpr int kAndXor = 0x6A;  // (a & b) ^ c
-        vectors[0] = _mm512_ternarylogic_epi32(expand_nibbles(mask, values), _mm512_set1_epi8(15), _mm512_set1_epi8(8),
-                                               kAndXor);
-    }
-    EFX_INLINE static inline Accumulator multiply(Accumulator sum, const Vector* vectors, const Element* x) {
-        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(vectors[0]), "v"(broadcast(x)));  // the intrinsic costs copies
-        return sum;
-    }
-    EFX_INLINE static inline __m512 add_scaled(__m512 total, Accumulator sum, __m512 scales, int32_t x_sum) {
-        const __m512i exact = _mm512_sub_epi32(sum, _mm512_set1_epi32(x_sum));
-        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), scales, total);
     }
 };
 
@@ -318,8 +234,8 @@ void pack_vector_block(const efx::Dense& dense, const efx::Header& header, int64
 
 int64_t linear(const efx::Call& call) {
     const int64_t kind = call.weight.header->kind;
-    if (kind == efx::kInt8Dynamic) return Linear<Int8Int8>::run(call);
-    if (kind == efx::kInt4Dynamic) return Linear<Int4Int8>::run(call);
+    if (kind == efx::kInt8Dynamic) return Linear<Int8Int8<Vbmi2>>::run(call);
+    if (kind == efx::kInt4Dynamic) return Linear<Int4Int8<Vbmi2>>::run(call);
     if (call.type == efx::kTypeFp32) return efx::avx512.linear(call);  // nothing here helps with those
     if (kind == efx::kInt4) return Linear<Int4Bf16>::run(call);
     return kind == efx::kBf16 ? Linear<Bf16Bf16>::run(call) : Linear<Int8Bf16>::run(call);

@@ -30,6 +30,7 @@ const Named* isas(int* count) {
         {"avx512_bf16", &efx::avx512_bf16,
          has_avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
              __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")},
+        {"avx512_vnni", &efx::avx512_vnni, has_avx512 && __builtin_cpu_supports("avx512vnni")},
         {"avx512", &efx::avx512, has_avx512},
         {"avx2", &efx::avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
         {"portable", &efx::portable, true},

@@ -20,4 +20,22 @@ EFX_INLINE inline __m128i expand_sixteen(uint32_t mask, const int8_t* values) {
                             _mm_add_epi8(_mm_castps_si128(both), offsets));
 }
 
+#ifdef __AVX512F__
+EFX_INLINE inline __m512i join(const __m128i* four) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(four[1], four[0])),
+                              _mm256_set_m128i(four[3], four[2]), 1);
+}
+
+// Sixty-four.
+EFX_INLINE inline __m512i expand_sixty_four(uint64_t mask, const int8_t* values) {
+    __m128i parts[4];
+    unroll<4>([&](auto i) EFX_INLINE {
+        const uint32_t kept = mask >> 16 * i & 0xFFFF;
+        parts[i] = expand_sixteen(kept, values);
+        values += __builtin_popcount(kept);
+    });
+    return join(parts);
+}
+#endif
+
 }  // namespace
