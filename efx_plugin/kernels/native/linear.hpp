@@ -132,8 +132,8 @@ struct Result {
     const efx::Call& call;
     int64_t first_row;      // rows of activations are counted from it
     const float* x_scales;  // of each of them, or null
-    const int32_t* x_sums;  // of each of them, for each span: [spans][m]; or null
-    int64_t m;
+    const int32_t* x_sums;  // of each of them, for each span: [spans][rows]; or null
+    int64_t m, rows;        // how many they are, and how many are multiplied, see Tiles
 
     void write(const float* sums, int64_t row, int64_t block) const {
         const int64_t first = block * kBlock;
@@ -205,7 +205,7 @@ struct Linear {
     struct Spans {
         int64_t end, length, last;
         const int32_t* x_sums;  // of the first of the rows of activations, or null
-        int64_t m;              // all rows of activations
+        int64_t rows;           // all rows of activations
         bool is_fp16;
     };
 
@@ -218,8 +218,8 @@ struct Linear {
         return {next < header.groups ? next : header.groups,
                 length,
                 header.groups,
-                result.x_sums ? result.x_sums + span * result.m + row : nullptr,
-                result.m,
+                result.x_sums ? result.x_sums + span * result.rows + row : nullptr,
+                result.rows,
                 header.scale_type == efx::kScaleFp16};
     }
 
@@ -236,7 +236,7 @@ struct Linear {
                 sums[b][m] = Dot::zero();
             });
         });
-        if (Dot::kShift) spans.x_sums += spans.m;
+        if (Dot::kShift) spans.x_sums += spans.rows;
         const int64_t next = spans.end + spans.length;
         spans.end = next < spans.last ? next : spans.last;
     }
@@ -267,7 +267,7 @@ struct Linear {
                                                spans(result, 0, 0), totals);
         unroll<kBlocks>([&](auto b) EFX_INLINE {
             unroll<M>([&](auto m) EFX_INLINE {
-                finish(sums[b][m], at(totals, b * M + m), block + b * stride, result, m);
+                if (m < result.m) finish(sums[b][m], at(totals, b * M + m), block + b * stride, result, m);
             });
         });
     }
@@ -292,8 +292,13 @@ struct Linear {
         constexpr int kBlocks = Dot::blocks(M);
         const int64_t stride = (end - begin) / kBlocks;
         for (int64_t i = 0; i < stride; i++) direct<M, kBlocks>(weight, x, begin + i, stride, result, totals);
-        for (int64_t block = begin + stride * kBlocks; block < end; block++) {
-            direct<M, 1>(weight, x, block, 0, result, totals);
+        if (stride * kBlocks == end - begin) return;
+        if (stride) {  // some blocks once more: one function for all of them compiles in half the time of two
+            direct<M, kBlocks>(weight, x, end - kBlocks, 1, result, totals);
+        } else {
+            for (int64_t block = begin; block < end; block++) {
+                direct<M, kBlocks>(weight, x, block, 0, result, totals);
+            }
         }
     }
 
@@ -388,11 +393,15 @@ struct Linear {
         unroll<M>([&](auto m) EFX_INLINE { partial[m] = sums[m]; });
     }
 
-    // Rows of activations cut into as few tiles as there may be, of nearly equal size: at least half of kTile if there
-    // is more than one.
+    // Rows of activations cut into as few tiles as there may be, of nearly equal size: at least about half of kTile if there
+    // is more than one. From five on a number is made even by the last row once more, which halves the functions for
+    // tiles, and with them the time of compilation.
     struct Tiles {
-        int64_t m, count = (m + Dot::kTile - 1) / Dot::kTile;
-        int64_t first(int64_t i) const { return m * i / count; }
+        int64_t m;
+        int64_t rows = m <= 4 ? m : m + m % 2;
+        int64_t count = (rows + Dot::kTile - 1) / Dot::kTile;
+        static constexpr int kLeast = (Dot::kTile / 2 + 1) / 2 * 2;  // of several tiles
+        int64_t first(int64_t i) const { return count == 1 ? rows * i : rows / 2 * i / count * 2; }
         // Of two tiles, only the second reads what the first has expanded, which the second-level cache can give.
         int64_t chunk() const { return count <= 2 ? 4 * kChunk : kChunk; }
     };
@@ -407,9 +416,9 @@ struct Linear {
             const Stream start = values;
             for (int64_t i = 0; i < tiles.count; i++) {
                 const int64_t row = tiles.first(i), rows = tiles.first(i + 1) - row;
-                const Element* elements = x + (begin * tiles.m + row * n) * kColumns;
+                const Element* elements = x + (begin * tiles.rows + row * n) * kColumns;
                 const Spans ends = spans(result, row, begin);
-                with_rows<(Dot::kTile + 1) / 2, Dot::kTile>(rows, [&](auto rows_of_tile) EFX_INLINE {
+                with_rows<Tiles::kLeast, Dot::kTile>(rows, [&](auto rows_of_tile) EFX_INLINE {
                     if (i == 0) {
                         expand_tile<rows_of_tile>(&values, begin, n, elements, panel, partials, ends, totals);
                     } else {
@@ -421,11 +430,14 @@ struct Linear {
         for (int64_t row = 0; row < tiles.m; row++) finish(partials[row], at(totals, row), block, result, row);
     }
 
-    // f(Index<rows>), for kLeast <= rows <= kMost.
+    // f(Index<rows>), for the numbers of rows in tiles from kLeast to kMost.
     template <int kLeast, int kMost, class F>
     static void with_rows(int64_t rows, F&& f) {
         unroll<kMost - kLeast + 1>([&](auto i) EFX_INLINE {
-            if (rows == kLeast + i) f(Index<kLeast + i>{});
+            constexpr int kRows = kLeast + i;
+            if constexpr (kRows <= 4 || kRows % 2 == 0) {
+                if (rows == kRows) f(Index<kRows>{});
+            }
         });
     }
 
@@ -454,13 +466,13 @@ struct Linear {
         return to_float(value);
     }
 
-    // kShift times the sums of a row's elements in each span, to every m-th place.
-    static void sum_spans(const efx::Call& call, int64_t row, float scale, int32_t* to, int64_t m) {
+    // kShift times the sums of a row's elements in each span, `stride` places apart.
+    static void sum_spans(const efx::Call& call, int64_t row, float scale, int32_t* to, int64_t stride) {
         const auto sum = [&](const auto* x) {
             const efx::Header& header = *call.weight.header;
             const float factor = inverse(scale);
             x += row * header.columns;
-            for (int64_t begin = 0; begin < header.columns; begin += header.span, to += m) {
+            for (int64_t begin = 0; begin < header.columns; begin += header.span, to += stride) {
                 const int64_t end = begin + header.span < header.columns ? begin + header.span : header.columns;
                 int32_t total = 0;
                 for (int64_t i = begin; i < end; i++) total += Dot::quantize(to_float(x[i]) * factor);
@@ -495,7 +507,8 @@ struct Linear {
                         return is_quantized ? Dot::quantize(as_float(value) * scale) : Element(as_float(value));
                     }
                 };
-                const From* from = x + (result.first_row + row + i) * columns + begin * kColumns;
+                const int64_t source = row + i < result.m ? row + i : result.m - 1;
+                const From* from = x + (result.first_row + source) * columns + begin * kColumns;
                 const int64_t here = columns - begin * kColumns < n * kColumns ? columns - begin * kColumns : n * kColumns;
                 int64_t column = 0;
                 for (; column + kColumns <= here; column += kColumns) {
@@ -531,15 +544,16 @@ struct Linear {
         const int64_t groups = header.groups, blocks = header.blocks;
         const Tiles tiles{m};
         const bool is_direct = tiles.count == 1;
+        const int64_t rows = tiles.rows;
         // One row of bfloat16 that needs no padding is read where it is.
         const bool in_place = m == 1 && sizeof(Element) == 2 && header.columns == groups * kColumns;
-        const int64_t x_bytes = in_place ? 0 : align(m * groups * kColumns * sizeof(Element));
+        const int64_t x_bytes = in_place ? 0 : align(rows * groups * kColumns * sizeof(Element));
         const bool is_quantized = efx::is_dynamic(header.kind);
-        const int64_t scale_bytes = is_quantized ? align(m * sizeof(float)) : 0;
-        const int64_t sum_bytes = Dot::kShift ? align(m * efx::count_spans(header) * sizeof(int32_t)) : 0;
+        const int64_t scale_bytes = is_quantized ? align(rows * sizeof(float)) : 0;
+        const int64_t sum_bytes = Dot::kShift ? align(rows * efx::count_spans(header) * sizeof(int32_t)) : 0;
         const int64_t panel_bytes = is_direct ? 0 : tiles.chunk() * kVectors * sizeof(Vector);
-        const int64_t partial_bytes = is_direct ? 0 : m * sizeof(Accumulator);
-        const int64_t total_bytes = Dot::kSpans ? (is_direct ? kMostTotals : m) * sizeof(Total) : 0;
+        const int64_t partial_bytes = is_direct ? 0 : rows * sizeof(Accumulator);
+        const int64_t total_bytes = Dot::kSpans ? (is_direct ? kMostTotals : rows) * sizeof(Total) : 0;
         const int64_t thread_bytes = align(panel_bytes + partial_bytes + total_bytes);
         const int64_t bytes = x_bytes + scale_bytes + sum_bytes + thread_bytes * call.threads;
         char* memory = bytes ? workspace(bytes) : nullptr;
@@ -547,16 +561,17 @@ struct Linear {
         auto* packed_x = reinterpret_cast<Element*>(memory);
         auto* x_scales = reinterpret_cast<float*>(memory + x_bytes);
         auto* x_sums = reinterpret_cast<int32_t*>(memory + x_bytes + scale_bytes);
-        const Result<Dot> result{call, first_row, is_quantized ? x_scales : nullptr, Dot::kShift ? x_sums : nullptr, m};
+        const Result<Dot> result{call, first_row, is_quantized ? x_scales : nullptr, Dot::kShift ? x_sums : nullptr, m, rows};
 
 #pragma omp parallel num_threads(call.threads)
         {
             const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
             if (is_quantized) {
 #pragma omp for schedule(static)
-                for (int64_t i = 0; i < m; i++) {
-                    x_scales[i] = element_scale(call, first_row + i);
-                    if constexpr (Dot::kShift != 0) sum_spans(call, first_row + i, x_scales[i], x_sums + i, m);
+                for (int64_t i = 0; i < rows; i++) {
+                    const int64_t row = first_row + (i < m ? i : m - 1);
+                    x_scales[i] = element_scale(call, row);
+                    if constexpr (Dot::kShift != 0) sum_spans(call, row, x_scales[i], x_sums + i, rows);
                 }
             }
             if (!in_place) {
@@ -565,8 +580,8 @@ struct Linear {
                 for (int64_t group = 0; group < groups; group += step) {
                     for (int64_t i = 0; i < tiles.count; i++) {
                         const int64_t n = groups - group < step ? groups - group : step;
-                        const int64_t row = tiles.first(i), rows = tiles.first(i + 1) - row;
-                        pack_x(result, row, rows, group, n, packed_x + (group * m + row * n) * kColumns);
+                        const int64_t row = tiles.first(i), here = tiles.first(i + 1) - row;
+                        pack_x(result, row, here, group, n, packed_x + (group * rows + row * n) * kColumns);
                     }
                 }
             }
@@ -575,8 +590,8 @@ struct Linear {
             char* mine = memory + x_bytes + scale_bytes + sum_bytes + thread * thread_bytes;
             auto* totals = reinterpret_cast<Total*>(mine + panel_bytes + partial_bytes);
             if (is_direct) {
-                with_rows<1, Dot::kTile>(m, [&](auto rows) EFX_INLINE {
-                    direct_share<rows>(call.weight, x, begin, end, result, totals);
+                with_rows<1, Dot::kTile>(rows, [&](auto rows_of_tile) EFX_INLINE {
+                    direct_share<rows_of_tile>(call.weight, x, begin, end, result, totals);
                 });
             } else {
                 auto* panel = reinterpret_cast<Vector*>(mine);
