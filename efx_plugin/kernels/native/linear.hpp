@@ -394,11 +394,12 @@ struct Linear {
     }
 
     // Rows of activations cut into as few tiles as there may be, of nearly equal size: at least about half of kTile if there
-    // is more than one. From five on a number is made even by the last row once more, which halves the functions for
-    // tiles, and with them the time of compilation.
+    // is more than one. Beyond kExact a number is made even by the last row once more: there are fewer functions for
+    // tiles then, and they compile in about half the time.
     struct Tiles {
         int64_t m;
-        int64_t rows = m <= 4 ? m : m + m % 2;
+        static constexpr int kExact = Dot::kTile < 8 ? Dot::kTile : 8;
+        int64_t rows = m <= kExact ? m : m + m % 2;
         int64_t count = (rows + Dot::kTile - 1) / Dot::kTile;
         static constexpr int kLeast = (Dot::kTile / 2 + 1) / 2 * 2;  // of several tiles
         int64_t first(int64_t i) const { return count == 1 ? rows * i : rows / 2 * i / count * 2; }
@@ -435,7 +436,7 @@ struct Linear {
     static void with_rows(int64_t rows, F&& f) {
         unroll<kMost - kLeast + 1>([&](auto i) EFX_INLINE {
             constexpr int kRows = kLeast + i;
-            if constexpr (kRows <= 4 || kRows % 2 == 0) {
+            if constexpr (kRows <= Tiles::kExact || kRows % 2 == 0) {
                 if (rows == kRows) f(Index<kRows>{});
             }
         });
