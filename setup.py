@@ -29,6 +29,9 @@ INSTRUCTIONS = {
 }
 
 
+_X86 = ["avx512_bf16", "avx512", "avx512_vnni", "avx2"]  # those that take longest first
+
+
 class BuildLibraries(build_ext):
     """Compiles file by file, each with its own instruction set, into shared libraries.
 
@@ -100,7 +103,7 @@ setup(
         library(
             "efx_plugin.kernels.native._linear",
             KERNELS,
-            ["binding.cpp", "entry.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp", "avx512_vnni.cpp", "avx512_bf16.cpp"],
+            ["binding.cpp", "entry.cpp", "portable.cpp", *(f"{isa}.cpp" for isa in _X86)],
             flags=["-fopenmp"],
         ),
     ],

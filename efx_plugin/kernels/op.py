@@ -24,7 +24,7 @@ class PackedWeight:
         in_features: columns of the weight.
         dtype: the dtype of activations, bias and result.
         kernel: the kernel's name.
-        scheme: of a weight of four bits, "W4A16" or, with quantized activations, "W4A8"; else None.
+        scheme: of integers, "W8A16" or "W4A16", with quantized activations "W8A8" or "W4A8"; else None.
         reason: why it is not the best kernel that there is; None if it is.
     """
 
@@ -78,8 +78,8 @@ def pack(
     kernel, reason = choose(weight, dtype, scales)
     tensors = kernel.pack(weight, scales, quantize_activations)
     scheme = None
-    if scales is not None and scales.ndim == 2:
-        scheme = "W4A8" if quantize_activations else "W4A16"
+    if scales is not None:
+        scheme = f"W{8 if scales.ndim == 1 else 4}A{8 if quantize_activations else 16}"
     return PackedWeight(tensors, out_features, in_features, dtype, kernel.name, scheme, reason)
 
 
