@@ -16,20 +16,30 @@ CHECKPOINT = "efx_plugin/checkpoint/codec/native"
 KERNELS = "efx_plugin/kernels/native"
 COMPILE = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
 COMPILE += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC's own headers of intrinsics set these off
-IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
 # Each of these files is compiled for its instructions and entered only on a processor that has them.
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
-INSTRUCTIONS = {
+_X86 = {
     f"{CHECKPOINT}/avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vbmi2"],
     f"{KERNELS}/avx512_bf16.cpp": [*_AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni", "-mavx512bf16"],
     f"{KERNELS}/avx512_vnni.cpp": [*_AVX512, "-mbmi2", "-mavx512vnni"],
     f"{KERNELS}/avx512.cpp": [*_AVX512, "-mbmi2"],
     f"{KERNELS}/avx2.cpp": ["-mavx2", "-mfma"],
 }
+_ARM64 = {
+    f"{KERNELS}/neon_bf16.cpp": ["-march=armv8.2-a+dotprod+bf16"],
+    f"{KERNELS}/neon.cpp": ["-march=armv8-a"],
+}
+MACRO, INSTRUCTIONS = {
+    "x86_64": ("EFX_WITH_X86", _X86),
+    "amd64": ("EFX_WITH_X86", _X86),
+    "aarch64": ("EFX_WITH_ARM64", _ARM64),
+    "arm64": ("EFX_WITH_ARM64", _ARM64),
+}.get(platform.machine().lower(), (None, {}))
+FOREIGN = (_X86.keys() | _ARM64.keys()) - INSTRUCTIONS.keys()
 
 
-_X86 = ["avx512_bf16", "avx512", "avx512_vnni", "avx2"]  # those that take longest first
+_ISAS = ["avx512_bf16", "avx512", "avx512_vnni", "avx2", "neon_bf16", "neon"]  # those that take longest first
 
 
 class BuildLibraries(build_ext):
@@ -62,13 +72,13 @@ class BuildLibraries(build_ext):
 
 
 def library(name: str, folder: str, sources: list[str], flags: list[str]) -> Extension:
-    """A shared library of C++ files, with those for x86-64 instructions where they can run."""
-    chosen = sources if IS_X86 else [source for source in sources if f"{folder}/{source}" not in INSTRUCTIONS]
+    """A shared library of C++ files, but for those whose instructions are another architecture's."""
+    paths = [f"{folder}/{source}" for source in sources]
     return Extension(
         name,
-        sources=[f"{folder}/{source}" for source in chosen],
+        sources=[path for path in paths if path not in FOREIGN],
         depends=glob(f"{folder}/*.hpp"),
-        define_macros=[("Py_LIMITED_API", "0x030B0000"), *([("EFX_WITH_X86", None)] if IS_X86 else [])],
+        define_macros=[("Py_LIMITED_API", "0x030B0000"), *([(MACRO, None)] if MACRO else [])],
         extra_compile_args=[*COMPILE, *flags],
         extra_link_args=flags,
         language="c++",
@@ -103,7 +113,7 @@ setup(
         library(
             "efx_plugin.kernels.native._linear",
             KERNELS,
-            ["binding.cpp", "entry.cpp", "portable.cpp", *(f"{isa}.cpp" for isa in _X86)],
+            ["binding.cpp", "entry.cpp", "portable.cpp", *(f"{isa}.cpp" for isa in _ISAS)],
             flags=["-fopenmp"],
         ),
     ],

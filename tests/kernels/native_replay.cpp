@@ -1,5 +1,5 @@
-// Replays calls of the sparse kernels under sanitizers: `replay FILE` prints a line per call, its statuses and a hash of
-// what it wrote.
+// Replays calls of the sparse kernels under sanitizers, or emulation: `replay FILE [RESULTS]` prints a line per call, its
+// statuses and a hash of what it wrote, and writes the products to the second file.
 //
 // Each call packs a weight and multiplies with it, four times: on buffers of the heap, whose ends AddressSanitizer
 // watches; and on buffers that end where an inaccessible page begins, which stops also the vector instructions that no
@@ -75,7 +75,8 @@ void add(uint64_t* hash, Buffer& buffer) {  // FNV-1a
     for (size_t i = 0; i < buffer.size(); i++) *hash = (*hash ^ bytes[i]) * 0x100000001B3;
 }
 
-std::string replay(const Call& c, const Inputs& inputs, bool beside_page, int64_t threads) {
+std::string replay(const Call& c, const Inputs& inputs, bool beside_page, int64_t threads,
+                   std::FILE* results = nullptr) {
     Buffer weight(beside_page, inputs.weight), scales(beside_page, inputs.scales);
     Buffer x(beside_page, inputs.x), bias(beside_page, inputs.bias);
     Buffer y(beside_page, std::vector<uint8_t>(c.m * c.rows * c.element(), 0xA5));
@@ -92,6 +93,7 @@ std::string replay(const Call& c, const Inputs& inputs, bool beside_page, int64_
         add(&hash, buffer);
     }
     add(&hash, y);
+    if (results) std::fwrite(y.data(), 1, y.size(), results);
     char line[100];
     std::snprintf(line, sizeof line, "%lld %lld %lld %016llx", static_cast<long long>(size),
                   static_cast<long long>(packed), static_cast<long long>(product),
@@ -107,9 +109,10 @@ std::vector<uint8_t> read(std::FILE* file, size_t size) {
 
 }  // namespace
 
-int main(int, char** arguments) {
+int main(int count, char** arguments) {
     std::FILE* file = std::fopen(arguments[1], "rb");
-    if (!file) return 1;
+    std::FILE* results = count > 2 ? std::fopen(arguments[2], "wb") : nullptr;
+    if (!file || (count > 2 && !results)) return 1;
     Call call;
     while (std::fread(&call, sizeof call, 1, file) == 1) {
         Inputs inputs;
@@ -117,12 +120,13 @@ int main(int, char** arguments) {
         inputs.scales = read(file, call.scale_bytes);
         inputs.x = read(file, call.m * call.columns * call.element());
         inputs.bias = read(file, call.bias ? call.rows * call.element() : 0);
-        const std::string line = replay(call, inputs, false, 1);
+        const std::string line = replay(call, inputs, false, 1, results);
         for (bool beside_page : {false, true}) {
             if (replay(call, inputs, beside_page, 3) != line || replay(call, inputs, beside_page, 1) != line) return 2;
         }
         std::puts(line.c_str());
     }
     std::fclose(file);
+    if (results && std::fclose(results)) return 1;
     return 0;
 }

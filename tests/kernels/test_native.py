@@ -14,51 +14,32 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efx_plugin.kernels import groups, native, registry
+from efx_plugin.kernels import native, registry
+from tests.support.native_calls import (
+    ARM64,
+    DTYPES,
+    HEADER,
+    KINDS,
+    PORTABLE,
+    X86,
+    bytes_of,
+    compile_replay,
+    digest,
+    expected,
+    make_weight,
+    random_call,
+    scaled,
+    write_calls,
+)
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ROOT / "efx_plugin" / "kernels" / "native"
 CXX = shutil.which("g++")
 ALL = [kernel.name for kernel in native.KERNELS]
 ISAS = [kernel.name for kernel in native.KERNELS if kernel.is_supported]
-KINDS = ["bf16", "int8", "int8_dynamic", "int4", "int4_dynamic"]
-DTYPES = [torch.bfloat16, torch.float32]
-SCALE_DTYPES = [torch.bfloat16, torch.float16]
-HEADER = ("magic", "kind", "rows", "columns", "span", "scale_type", "blocks", "groups", "values")
-HEADER += ("scales_at", "sums_at", "offsets_at", "masks_at", "values_at", "size")
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="the kernels are not compiled")
 every_isa = pytest.mark.parametrize("isa", ISAS)
 every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def make_weight(kind: str, rows: int, columns: int, density=0.5, seed=0) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A sparse weight of which a row is empty and a row is full, and the scales if it is int8 or int4.
-
-    Scales of int4 are for groups of 32, 64, 128 or all columns, in bfloat16 or float16, as the seed has it.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    keep = torch.rand(rows, columns, generator=generator) < density
-    keep[0], keep[-1] = False, True
-    if kind == "bf16":
-        return (torch.randn(rows, columns, generator=generator) * keep).bfloat16(), None
-    if kind.startswith("int8"):
-        weight = torch.randint(-128, 128, (rows, columns), generator=generator) * keep
-        return weight.to(torch.int8), torch.rand(rows, generator=generator) + 0.01
-    weight = (torch.randint(-8, 8, (rows, columns), generator=generator) * keep).to(torch.int8)
-    size, scale_dtype = (*groups.SIZES, columns)[seed % 4], SCALE_DTYPES[seed // 4 % 2]
-    scales = torch.rand(rows, -(-columns // size), generator=generator) + 0.01
-    return weight, scales.to(scale_dtype).float()
-
-
-def scaled(weight: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    """The weight in float64."""
-    if scales is None:
-        return weight.double()
-    if scales.ndim == 1:
-        return weight.double() * scales[:, None]
-    size = groups.group_size(weight.shape[1], scales)
-    return weight.double() * scales.double().repeat_interleave(size, 1)[:, : weight.shape[1]]
 
 
 def pack(isa: str, kind: str, weight: torch.Tensor, scales: torch.Tensor | None) -> list[torch.Tensor]:
@@ -70,31 +51,6 @@ def linear(isa: str, x: torch.Tensor, packed: list[torch.Tensor], bias, rows: in
 
 
 # Against float64.
-
-
-def expected(kind, weight, scales, x, bias) -> tuple[torch.Tensor, torch.Tensor]:
-    """The result in float64, and how far from it sums in float32 may be.
-
-    K products added in any order, each product and each sum rounded, are off by at most gamma_n = n u / (1 - n u) times
-    the sum of magnitudes, with u = 2^-24 and n = K (Higham, Accuracy and Stability of Numerical Algorithms, section
-    3.1); sums of groups that are added up are rounded no more often. Four roundings more come from the scales and the
-    bias. Quantized activations are integers, except that x / s within 3 roundings of a half may go to either side: s,
-    1 / s and x (1 / s) are rounded.
-    """
-    w, x = scaled(weight, scales), x.double()
-    undecided = torch.zeros_like(x)
-    x_scale = torch.ones(())
-    if kind.endswith("dynamic"):
-        x_scale = x.abs().amax(-1, keepdim=True) / 127
-        exact = torch.where(x_scale > 0, x / x_scale, 0)
-        x = exact.round()
-        undecided = (((exact - exact.floor()) - 0.5).abs() < 127 * 3 * 2**-24).double()
-    y, magnitude = (x @ w.T) * x_scale, (x.abs() @ w.abs().T) * x_scale
-    slack = (undecided @ w.abs().T) * x_scale
-    if bias is not None:
-        y, magnitude = y + bias.double(), magnitude + bias.double().abs()
-    n = (weight.shape[1] + 4) * 2.0**-24
-    return y, n / (1 - n) * (magnitude + slack) + slack
 
 
 @every_isa
@@ -289,12 +245,12 @@ def test_negative_zeros_are_no_weights(isa):
 
 @every_isa
 def test_denormal_weights_are_kept_or_count_as_zeros(isa):
-    """They are packed. The bfloat16 instructions, which avx512_bf16 uses, take and give zeros for them."""
+    """They are packed. Instructions for bfloat16 take and give zeros for them."""
     weight = torch.full((16, 4), 2.0**-130).bfloat16()
     assert (weight != 0).all()
     x = torch.full((1, 4), 2.0**20).bfloat16()
     y = linear(isa, x, pack(isa, "bf16", weight, None), None, 16)
-    assert (y == (0 if isa == "avx512_bf16" else 2.0**-108)).all()
+    assert (y == (0 if isa.endswith("_bf16") else 2.0**-108)).all()
 
 
 # No memory is left behind.
@@ -407,66 +363,6 @@ def test_unknown_numbers_are_refused_by_every_function():
 
 # Under the sanitizers, and beside pages that cannot be touched; native_replay.cpp makes the calls.
 
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
-INSTRUCTIONS = {
-    "avx512_bf16.cpp": [*AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni", "-mavx512bf16"],
-    "avx512_vnni.cpp": [*AVX512, "-mbmi2", "-mavx512vnni"],
-    "avx512.cpp": [*AVX512, "-mbmi2"],
-    "avx2.cpp": ["-mavx2", "-mfma"],
-}
-FIELDS = ("isa", "kind", "type", "rows", "columns", "m", "span", "scale_type", "scale_bytes", "bias", "field", "value")
-
-
-def compile_replay(folder: Path) -> Path:
-    """The replaying program, from the sources of the library.
-
-    Arrays on the stack are left to the bounds check of UBSan, and of the loops that are unrolled for vectors a few
-    checks that plain C++ gets suffice: with all of them, g++ takes minutes for those files.
-    """
-    common = [CXX, "-std=c++17", "-O1", "-g0", "-w", "-fopenmp", "-ffp-contract=off", f"-I{SOURCES}"]
-    common += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "--param", "asan-stack=0"]
-    fewer = ["-fno-sanitize=null,object-size,alignment", "--param", "asan-instrumentation-with-call-threshold=0"]
-    vector = INSTRUCTIONS if "avx2" in ALL else {}
-    common += ["-DEFX_WITH_X86"] if vector else []
-
-    def compile_one(source: Path) -> Path:
-        output = folder / f"{source.stem}.o"
-        options = [*fewer, *vector[source.name]] if source.name in vector else []
-        subprocess.run([*common, *options, "-c", source, "-o", output], check=True)
-        return output
-
-    sources = [SOURCES / name for name in (*vector, "portable.cpp", "entry.cpp")]
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, [*sources, Path(__file__).with_name("native_replay.cpp")]))
-    subprocess.run([*common, *objects, "-o", folder / "replay"], check=True)
-    return folder / "replay"
-
-
-def make_call(rng: np.random.Generator, isa: int) -> tuple[dict[str, int], list[np.ndarray]]:
-    """A call, of which one in four finds its packed weight corrupt; its weight, scales, activations and bias."""
-    kind, type_ = int(rng.integers(len(KINDS))), int(rng.integers(2))
-    rows, columns = int(rng.integers(1, 60)), int(rng.integers(1, 90))
-    m = int(rng.choice([1, 2, 3, 7, 8, 9, 16, 17, 40, 513], p=[0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.08, 0.02]))
-    seed, span, scale_type = int(rng.integers(2**31)), 0, 0
-    weight, scales = make_weight(KINDS[kind], rows, columns, float(rng.choice([0, 0.5, 1])), seed)
-    if scales is not None and scales.ndim == 2:
-        span, scale_type = groups.group_size(columns, scales), seed // 4 % 2
-        scales = scales.to(SCALE_DTYPES[scale_type])
-    x, bias = torch.from_numpy(rng.standard_normal((m, columns))), torch.from_numpy(rng.standard_normal(rows))
-    has_bias = bool(rng.integers(2))
-    arrays = [weight, scales, x.to(DTYPES[type_]), bias.to(DTYPES[type_]) if has_bias else None]
-    field, value = -1, 0
-    if rng.random() < 0.25:
-        field = int(rng.integers(len(HEADER)))
-        value = int(rng.choice([-(2**63), -1, 0, 1, 2**31, 2**32 + 6, 2**61, 2**62, 2**63 - 1]))
-    scale_bytes = 0 if scales is None else scales.nbytes
-    numbers = (isa, kind, type_, rows, columns, m, span, scale_type, scale_bytes, has_bias, field, value)
-    return dict(zip(FIELDS, numbers, strict=True)), arrays
-
-
-def bytes_of(tensor: torch.Tensor | None) -> bytes:
-    return b"" if tensor is None else tensor.contiguous().view(torch.uint8).numpy().tobytes()
-
 
 def call_in_process(call: dict[str, int], arrays: list[torch.Tensor | None]) -> str:
     """What the replaying program prints for the call."""
@@ -481,21 +377,31 @@ def call_in_process(call: dict[str, int], arrays: list[torch.Tensor | None]) -> 
     if call["field"] >= 0:
         buffer[: 8 * len(HEADER)].view(torch.int64)[call["field"]] = call["value"]
     product = library.efx_linear(isa, buffer.data_ptr(), size, x, call["type"], m, columns, bias, y.data_ptr(), rows, 1)
-    digest = 0xCBF29CE484222325
-    for byte in bytes_of(buffer) + bytes_of(y):
-        digest = (digest ^ byte) * 0x100000001B3 % 2**64
-    return f"{size} {packed} {product} {digest:016x}"
+    return f"{size} {packed} {product} {digest(bytes_of(buffer) + bytes_of(y))}"
+
+
+def corrupt(rng: np.random.Generator, call: dict[str, int]) -> dict[str, int]:
+    """The call, of which one in four finds its packed weight corrupt."""
+    if rng.random() >= 0.25:
+        return call
+    value = int(rng.choice([-(2**63), -1, 0, 1, 2**31, 2**32 + 6, 2**61, 2**62, 2**63 - 1]))
+    return call | {"field": int(rng.integers(len(HEADER))), "value": value}
 
 
 @pytest.mark.skipif(CXX is None or platform.system() != "Linux", reason="needs the sanitizers of g++ on Linux")
 def test_no_call_makes_the_sanitizers_report(tmp_path):
+    """Arrays on the stack are left to the bounds check of UBSan, and of the loops that are unrolled for vectors a few
+    checks that plain C++ gets suffice: with all of them, g++ takes minutes for those files.
+    """
     rng = np.random.default_rng(0)
-    indices = [ALL.index(isa) for isa in ISAS]
-    calls = [make_call(rng, isa) for isa in indices for _ in range(100)]
-    with open(tmp_path / "calls", "wb") as file:
-        for call, arrays in calls:
-            file.write(np.array(list(call.values()), np.int64).tobytes() + b"".join(map(bytes_of, arrays)))
-    replayed = subprocess.run([compile_replay(tmp_path), tmp_path / "calls"], capture_output=True, text=True)
+    calls = [random_call(rng, ALL.index(isa)) for isa in ISAS for _ in range(100)]
+    calls = [(corrupt(rng, call), arrays) for call, arrays in calls]
+    write_calls(tmp_path / "calls", calls)
+    architecture = X86 if "avx2" in ALL else ARM64 if "neon" in ALL else PORTABLE
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "--param", "asan-stack=0"]
+    fewer = ["-fno-sanitize=null,object-size,alignment", "--param", "asan-instrumentation-with-call-threshold=0"]
+    program = compile_replay(tmp_path, CXX, architecture, sanitizers, fewer)
+    replayed = subprocess.run([program, tmp_path / "calls"], capture_output=True, text=True)
     assert (replayed.returncode, replayed.stderr) == (0, "")
     found = replayed.stdout.splitlines()
     assert found == [call_in_process(*call) for call in calls]

@@ -36,6 +36,8 @@ SUMMARIES = {
     "avx512_vnni": "non-zeros expanded in registers, AVX-512 without bfloat16 instructions, dot products of int8",
     "avx512": "non-zeros expanded in registers, AVX-512 without bfloat16 instructions",
     "avx2": "non-zeros expanded in registers, AVX2: less memory, about the speed of dense",
+    "neon_bf16": "non-zeros expanded in registers, NEON with dot products: less memory, speed not measured",
+    "neon": "non-zeros expanded in registers, NEON: less memory, speed not measured",
     "portable": "plain C++: less memory, slower than dense",
 }
 

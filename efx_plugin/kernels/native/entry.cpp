@@ -1,11 +1,12 @@
 // The C interface, and the choice of an instruction set at run time.
 //
-// EFX_WITH_X86 says that the files for x86-64 are part of the build.
+// EFX_WITH_X86 says that the files for x86-64 are part of the build, EFX_WITH_ARM64 those for aarch64.
 #include <omp.h>
 
 #include <cstring>
 
 #ifdef __linux__
+#include <sys/auxv.h>
 #include <sys/mman.h>
 #endif
 
@@ -20,6 +21,18 @@ struct Named {
     bool is_supported;
 };
 
+#ifdef EFX_WITH_ARM64
+// Other systems than Linux are not asked.
+bool has_neon_bf16() {
+#ifdef __linux__
+    constexpr unsigned long kDotProd = 1ul << 20, kBf16 = 1ul << 14;  // newer than some C libraries' headers
+    return (getauxval(AT_HWCAP) & kDotProd) && (getauxval(AT_HWCAP2) & kBf16);
+#else
+    return false;
+#endif
+}
+#endif
+
 // From the best to the one that runs everywhere.
 const Named* isas(int* count) {
 #ifdef EFX_WITH_X86
@@ -33,6 +46,12 @@ const Named* isas(int* count) {
         {"avx512_vnni", &efx::avx512_vnni, has_avx512 && __builtin_cpu_supports("avx512vnni")},
         {"avx512", &efx::avx512, has_avx512},
         {"avx2", &efx::avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+        {"portable", &efx::portable, true},
+    };
+#elif defined(EFX_WITH_ARM64)
+    static const Named all[] = {
+        {"neon_bf16", &efx::neon_bf16, has_neon_bf16()},
+        {"neon", &efx::neon, true},
         {"portable", &efx::portable, true},
     };
 #else

@@ -131,5 +131,7 @@ extern const Isa avx2;         // AVX2, FMA
 extern const Isa avx512;       // AVX512F, BW, DQ, VL, BMI2
 extern const Isa avx512_vnni;  // and VNNI
 extern const Isa avx512_bf16;  // and VBMI, VBMI2, BF16
+extern const Isa neon;         // aarch64
+extern const Isa neon_bf16;    // DotProd, BF16
 
 }  // namespace efx

@@ -19,7 +19,8 @@
 //     store(floats, total)                   to 16 floats
 //     kShift               what is added to weights to make them unsigned, or 0; x_sum is kShift times the sum of the
 //                          span's elements
-//   kTile                  rows of activations whose sums fill the registers, beside the vectors of two groups
+//   kTile                  rows of activations, an even number, whose sums fill the registers beside the vectors of two
+//                          groups
 //   blocks(m)              blocks for which they do, of m <= kTile rows
 //
 // Up to kTile rows of activations the weight is expanded in registers, straight into the products: the speed is that
@@ -397,6 +398,7 @@ struct Linear {
     // is more than one. Beyond kExact a number is made even by the last row once more: there are fewer functions for
     // tiles then, and they compile in about half the time.
     struct Tiles {
+        static_assert(Dot::kTile % 2 == 0);
         int64_t m;
         static constexpr int kExact = Dot::kTile < 8 ? Dot::kTile : 8;
         int64_t rows = m <= kExact ? m : m + m % 2;
