@@ -36,10 +36,6 @@ MACRO, INSTRUCTIONS = {
     "aarch64": ("EFX_WITH_ARM64", _ARM64),
     "arm64": ("EFX_WITH_ARM64", _ARM64),
 }.get(platform.machine().lower(), (None, {}))
-FOREIGN = (_X86.keys() | _ARM64.keys()) - INSTRUCTIONS.keys()
-
-
-_ISAS = ["avx512_bf16", "avx512", "avx512_vnni", "avx2", "neon_bf16", "neon"]  # those that take longest first
 
 
 class BuildLibraries(build_ext):
@@ -72,11 +68,11 @@ class BuildLibraries(build_ext):
 
 
 def library(name: str, folder: str, sources: list[str], flags: list[str]) -> Extension:
-    """A shared library of C++ files, but for those whose instructions are another architecture's."""
-    paths = [f"{folder}/{source}" for source in sources]
+    """A shared library of C++ files, with those of the folder for this architecture's instructions."""
+    paths = [path for path in INSTRUCTIONS if os.path.dirname(path) == folder]  # first, for they take longest
     return Extension(
         name,
-        sources=[path for path in paths if path not in FOREIGN],
+        sources=[*paths, *(f"{folder}/{source}" for source in sources)],
         depends=glob(f"{folder}/*.hpp"),
         define_macros=[("Py_LIMITED_API", "0x030B0000"), *([(MACRO, None)] if MACRO else [])],
         extra_compile_args=[*COMPILE, *flags],
@@ -107,13 +103,13 @@ setup(
         library(
             "efx_plugin.checkpoint.codec.native._bits",
             CHECKPOINT,
-            ["entry.cpp", "portable.cpp", "avx512.cpp"],
+            ["entry.cpp", "portable.cpp"],
             flags=[],
         ),
         library(
             "efx_plugin.kernels.native._linear",
             KERNELS,
-            ["binding.cpp", "entry.cpp", "portable.cpp", *(f"{isa}.cpp" for isa in _ISAS)],
+            ["binding.cpp", "entry.cpp", "portable.cpp"],
             flags=["-fopenmp"],
         ),
     ],
