@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from vllm.lora.request import LoRARequest
 
 from efx_plugin.checkpoint import save_sparse
 from efx_plugin.kernels import pruned_int4
@@ -86,6 +85,8 @@ def test_two_ranks_serve_their_shares_and_name_bits_and_kernel(int4, by_vllm):
 def test_adapters_run_on_sparse_layers_of_four_bits(int4, tmp_path):
     adapter = save_adapter(tmp_path / "adapter", int4.parent / "tiny" / "dense")
     options = {"enable_lora": True, "max_lora_rank": 8}
+    from vllm.lora.request import LoRARequest
+
     request = LoRARequest("adapter", 1, str(adapter))
     served = {}
     for least in (1.1, pruned_int4.LEAST_ZEROS):
