@@ -5,7 +5,6 @@ import torch
 
 from efx_plugin.checkpoint import save_sparse
 from efx_plugin.kernels import pruned_int4
-from efx_plugin.serving.pruned_int4 import logger
 from integration.served import difference
 from integration.serving_models import (
     PROMPTS,
@@ -83,11 +82,11 @@ def test_two_ranks_serve_their_shares_and_name_bits_and_kernel(int4, by_vllm):
 
 
 def test_adapters_run_on_sparse_layers_of_four_bits(int4, tmp_path):
-    adapter = save_adapter(tmp_path / "adapter", int4.parent / "tiny" / "dense")
-    options = {"enable_lora": True, "max_lora_rank": 8}
     from vllm.lora.request import LoRARequest
 
+    adapter = save_adapter(tmp_path / "adapter", int4.parent / "tiny" / "dense")
     request = LoRARequest("adapter", 1, str(adapter))
+    options = {"enable_lora": True, "max_lora_rank": 8}
     served = {}
     for least in (1.1, pruned_int4.LEAST_ZEROS):
         with pytest.MonkeyPatch.context() as patch:
@@ -117,7 +116,11 @@ def test_nothing_of_vllms_copy_stays(int4):
 def heard(monkeypatch) -> list[str]:
     """What is logged from here on, each line as often as it is said."""
     said: list[str] = []
-    monkeypatch.setattr(logger, "info_once", lambda line, *values, scope: said.append(line % values))
+
+    def info_once(line: str, *values: str, scope: str) -> None:
+        said.append(line % values)
+
+    monkeypatch.setattr("efx_plugin.serving.pruned_int4.logger.info_once", info_once)
     return said
 
 
