@@ -131,6 +131,18 @@ def test_a_row_is_the_same_bits_in_any_batch_and_on_any_threads(isa, kind, colum
 
 @every_isa
 @every_kind
+def test_a_batch_that_no_cache_would_hold_is_multiplied_in_parts(isa, kind):
+    """Rows so long that fewer than 150 of them are multiplied at once; they are the same in smaller batches."""
+    weight, scales = make_weight(kind, 20, 30_001, seed=1)
+    packed, x = pack(isa, kind, weight, scales), torch.randn(150, 30_001).bfloat16()
+    y = linear(isa, x, packed, None, 20)
+    exact, error = expected(kind, weight, scales, x, None)
+    assert ((exact - error).bfloat16() <= y).all() and (y <= (exact + error).bfloat16()).all()
+    assert all(torch.equal(linear(isa, x[i : i + m], packed, None, 20), y[i : i + m]) for i, m in [(60, 1), (70, 80)])
+
+
+@every_isa
+@every_kind
 def test_several_threads_may_use_a_packed_weight_at_once(isa, kind):
     weight, scales = make_weight(kind, 67, 261)
     packed = pack(isa, kind, weight, scales)

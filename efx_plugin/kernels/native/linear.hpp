@@ -186,7 +186,9 @@ struct Linear {
     static constexpr int kColumns = Dot::kColumns;
     static constexpr int kVectors = Dot::kVectors;
     static constexpr int64_t kChunk = 256 / kVectors;  // groups expanded at a time
-    static constexpr int64_t kRowsAtOnce = 512;        // of activations, which bounds the workspace
+    // Rows of activations that are converted, and multiplied with a block, at once: each block reads them all, so that they
+    // had better stay in a cache of a few MB.
+    static constexpr int64_t kBytesAtOnce = 4 << 20, kLeastRowsAtOnce = 64, kMostRowsAtOnce = 512;
     static constexpr int64_t kAhead = 2048;            // bytes of values to prefetch ahead
     static constexpr int64_t kMostTotals = 32;         // of the blocks that are multiplied at once
 
@@ -535,8 +537,10 @@ struct Linear {
     }
 
     static int64_t run(const efx::Call& call) {
-        for (int64_t row = 0; row < call.m; row += kRowsAtOnce) {
-            const int64_t m = call.m - row < kRowsAtOnce ? call.m - row : kRowsAtOnce;
+        const int64_t fit = kBytesAtOnce / (call.weight.header->columns * sizeof(Element));
+        const int64_t most = fit < kLeastRowsAtOnce ? kLeastRowsAtOnce : fit < kMostRowsAtOnce ? fit : kMostRowsAtOnce;
+        for (int64_t row = 0; row < call.m; row += most) {
+            const int64_t m = call.m - row < most ? call.m - row : most;
             if (const int64_t status = run_rows(call, row, m)) return status;
         }
         return efx::kOk;
