@@ -351,6 +351,9 @@ def test_unknown_numbers_are_refused_by_every_function():
         refused(library.efx_packed_size(isa, 1, w, 20, 12, 0, 1), UNSUPPORTED)
         refused(library.efx_pack(isa, 1, w, 20, 12, 0, 0, s, *b, 1), UNSUPPORTED)
         refused(library.efx_linear(isa, *b, x.data_ptr(), 1, 2, 12, None, y.data_ptr(), 20, 1), UNSUPPORTED)
+        refused(library.efx_expand(isa, *b, 20, 12, 0, 20, y.data_ptr(), 1), UNSUPPORTED)
+    assert library.efx_kind(*b) == KINDS.index("int8")
+    refused(library.efx_kind(b[0], b[1] - 64), SIZES)
     for kind in (-1, 5, 2**40):
         refused(library.efx_packed_size(index, kind, w, 20, 12, 0, 1), ARGUMENTS)
         refused(library.efx_pack(index, kind, w, 20, 12, 0, 0, s, *b, 1), ARGUMENTS)
@@ -389,7 +392,11 @@ def call_in_process(call: dict[str, int], arrays: list[torch.Tensor | None]) -> 
     if call["field"] >= 0:
         buffer[: 8 * len(HEADER)].view(torch.int64)[call["field"]] = call["value"]
     product = library.efx_linear(isa, buffer.data_ptr(), size, x, call["type"], m, columns, bias, y.data_ptr(), rows, 1)
-    return f"{size} {packed} {product} {digest(bytes_of(buffer) + bytes_of(y))}"
+    first = 16 if rows > 16 else 0
+    dense = torch.full((2 * (rows - first) * columns,), 0xA5, dtype=torch.uint8)
+    expanded = library.efx_expand(isa, buffer.data_ptr(), size, rows, columns, first, rows - first, dense.data_ptr(), 1)
+    written = bytes_of(buffer) + bytes_of(y) + (bytes_of(dense) if expanded == 0 else b"")
+    return f"{size} {packed} {product} {expanded} {digest(written)}"
 
 
 def corrupt(rng: np.random.Generator, call: dict[str, int]) -> dict[str, int]:

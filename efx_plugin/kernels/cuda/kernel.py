@@ -27,6 +27,7 @@ from efx_plugin.kernels.cuda.driver import Function
 from efx_plugin.kernels.cuda.gemm import Gemm
 from efx_plugin.kernels.cuda.variants import Launch, Variant
 from efx_plugin.kernels.cuda.wgmma import Wgmma
+from efx_plugin.kernels.panels import Panel, cut, multiply
 
 _CAPABILITY = (8, 0)  # the first that has cp.async, and mma of bfloat16
 _ALIGNMENT = 16  # bytes
@@ -197,17 +198,14 @@ class Loaded:
         """`multiply` by cuBLAS on expanded panels."""
         columns = x.shape[1]
         stream = torch.cuda.current_stream(self._device)
+
+        def expand(first: int, rows: int, dense: Tensor) -> None:
+            how = _launch(self._expand_variant, rows, columns)
+            arguments = (starts, records, scales, dense, first, rows, columns)
+            self._expand.launch(how.grid, how.block, how.shared_bytes, stream.cuda_stream, arguments)
+
         with self.buffer.borrowed(stream, x.dtype) as buffer:
-            for first, rows in panels(y.shape[1], columns):
-                how = _launch(self._expand_variant, rows, columns)
-                dense = buffer[: rows * columns].view(rows, columns)
-                arguments = (starts, records, scales, dense, first, rows, columns)
-                self._expand.launch(how.grid, how.block, how.shared_bytes, stream.cuda_stream, arguments)
-                part = y[:, first : first + rows]
-                if bias is None:
-                    torch.mm(x, dense.T, out=part)
-                else:
-                    torch.addmm(bias[first : first + rows], x, dense.T, out=part)
+            multiply(x, bias, y, panels(y.shape[1], columns), buffer, expand)
 
     def _choose(self, rows: int, tokens: int) -> tuple[Function, Variant]:
         """The variant of `decode` for so many rows and tokens."""
@@ -245,13 +243,10 @@ def _warn_of_activations() -> None:
 
 
 @cache
-def panels(rows: int, columns: int) -> tuple[tuple[int, int], ...]:
-    """First row and number of rows of each panel of a weight; of about the same height."""
+def panels(rows: int, columns: int) -> tuple[Panel, ...]:
+    """The panels of a weight."""
     most = variants.panel_rows(columns)
-    unit = _PANEL_ROWS if most >= _PANEL_ROWS else layout.TILE_ROWS
-    count = math.ceil(rows / (most // unit * unit))
-    step = math.ceil(rows / count / unit) * unit
-    return tuple((first, min(step, rows - first)) for first in range(0, rows, step))
+    return cut(rows, most, _PANEL_ROWS if most >= _PANEL_ROWS else layout.TILE_ROWS)
 
 
 @cache

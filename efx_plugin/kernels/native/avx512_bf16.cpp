@@ -2,8 +2,10 @@
 // the dot products of two bfloat16 or four int8 take.
 #include <immintrin.h>
 
+#include "expand_rows.hpp"
 #include "linear.hpp"
 #include "pack.hpp"
+#include "transpose.hpp"
 #include "vnni.hpp"
 
 namespace {
@@ -121,38 +123,18 @@ struct Int4Bf16 : FloatSums, Int4Weight {
 // Packing works on 16 rows of 64 bytes, whose transpose has a group in each row.
 struct Packer {
     template <class Value>
-    static void transpose(const Value* weight, int64_t stride, int64_t rows, int64_t columns, __m512i* groups) {
-        __m512i v[16], t[16];
+    static void load_groups(const Value* weight, int64_t stride, int64_t rows, int64_t columns, __m512i* groups) {
         for (int i = 0; i < 16; i++) {
             if (i >= rows) {
-                v[i] = _mm512_setzero_si512();
+                groups[i] = _mm512_setzero_si512();
             } else if constexpr (sizeof(Value) == 2) {
-                v[i] = _mm512_maskz_loadu_epi16(columns < 32 ? (1u << columns) - 1 : ~0u, weight + i * stride);
+                groups[i] = _mm512_maskz_loadu_epi16(columns < 32 ? (1u << columns) - 1 : ~0u, weight + i * stride);
             } else {
-                v[i] = _mm512_maskz_loadu_epi8(columns < 64 ? (uint64_t{1} << columns) - 1 : ~uint64_t{0},
-                                               weight + i * stride);
+                groups[i] = _mm512_maskz_loadu_epi8(columns < 64 ? (uint64_t{1} << columns) - 1 : ~uint64_t{0},
+                                                    weight + i * stride);
             }
         }
-        for (int i = 0; i < 16; i += 2) {
-            t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-            t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-        }
-        for (int i = 0; i < 16; i += 4) {
-            v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-            v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-            v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-            v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-        }
-        for (int i = 0; i < 4; i++) {
-            t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
-            t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xDD);
-            t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
-            t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xDD);
-        }
-        for (int i = 0; i < 8; i++) {
-            groups[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-            groups[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
-        }
+        transpose(groups);
     }
 
     static uint32_t compress(__m512i group, uint16_t* to) {
@@ -186,7 +168,7 @@ void each_group(const efx::Dense& dense, const efx::Header& header, int64_t bloc
         const int64_t column = group / 16 * kStep;
         const int64_t n = header.groups - group < 16 ? header.groups - group : 16;
         __m512i groups[16];
-        Packer::transpose(weight + column, dense.columns, rows, dense.columns - column, groups);
+        Packer::load_groups(weight + column, dense.columns, rows, dense.columns - column, groups);
         for (int64_t i = 0; i < n; i++) f(group + i, groups[i]);
     }
 }
@@ -205,14 +187,10 @@ void pack_vectors(const efx::Dense& dense, const efx::Header& header, int64_t bl
 
 void pack_vector_nibbles(const efx::Dense& dense, const efx::Header& header, int64_t block, uint64_t* masks,
                          uint8_t* values) {
-    const __m512i order = _mm512_set1_epi32(efx::kInt4Order[0] | efx::kInt4Order[1] << 8 | efx::kInt4Order[2] << 16 |
-                                            efx::kInt4Order[3] << 24);
-    const __m512i rows_of_lane = _mm512_set4_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0);
-    const __m512i in_order = _mm512_add_epi8(order, rows_of_lane);
     int8_t bytes[1 + 64];  // a group's, behind one that may be left of those before
     int64_t count = 0;
     each_group<int8_t>(dense, header, block, [&](int64_t i, __m512i group) {
-        masks[i] = Packer::compress(_mm512_shuffle_epi8(group, in_order), bytes + count);
+        masks[i] = Packer::compress(reorder(group), bytes + count);
         count += __builtin_popcountll(masks[i]);
         for (int64_t k = 0; k + 1 < count; k += 2) *values++ = (bytes[k] & 15) | (bytes[k + 1] & 15) << 4;
         if (count % 2) bytes[0] = bytes[count - 1];
@@ -243,4 +221,4 @@ int64_t linear(const efx::Call& call) {
 
 }  // namespace
 
-const efx::Isa efx::avx512_bf16{linear, count_block, pack_vector_block};
+const efx::Isa efx::avx512_bf16{linear, count_block, pack_vector_block, expand_block<Vbmi2>};

@@ -124,6 +124,8 @@ struct Isa {
     int64_t (*count)(const Dense&, int64_t kind, int64_t block);
     // A block's masks, values, and sums unless null, to their places.
     void (*pack)(const Dense&, const Header&, int64_t block, void* masks, void* values, int32_t* sums);
+    // The first rows of a block, dense, in bfloat16; null where no product is left to another library.
+    void (*expand)(const Weight&, int64_t block, int64_t rows, uint16_t* dense);
 };
 
 extern const Isa portable;

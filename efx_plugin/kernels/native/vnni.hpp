@@ -58,6 +58,14 @@ struct Int8Int8 : Simd, Int8Weight {
     }
 };
 
+// Bytes of rows of four columns into the order of int4, or back.
+EFX_INLINE inline __m512i reorder(__m512i bytes) {
+    const __m512i order = _mm512_set1_epi32(efx::kInt4Order[0] | efx::kInt4Order[1] << 8 | efx::kInt4Order[2] << 16 |
+                                            efx::kInt4Order[3] << 24);
+    const __m512i rows_of_lane = _mm512_set4_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0);
+    return _mm512_shuffle_epi8(bytes, _mm512_add_epi8(order, rows_of_lane));
+}
+
 struct Int4Weight {
     using Mask = uint64_t;
     using Value = uint8_t;
