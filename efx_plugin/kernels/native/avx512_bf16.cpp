@@ -43,7 +43,11 @@ struct Vbmi2 : Registers {
 struct FloatSums : Vbmi2 {
     using Vector = __m512i;
     using Accumulator = __m512;
+    using Element = uint16_t;
     static Accumulator zero() { return _mm512_setzero_ps(); }
+    EFX_INLINE static inline Accumulator multiply(Accumulator sum, Vector vector, const Element* x) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)vector, (__m512bh)broadcast(x));
+    }
     EFX_INLINE static inline void finish(Accumulator sum, float* floats, const int32_t*) {
         _mm512_store_ps(floats, sum);
     }
@@ -54,20 +58,15 @@ struct Bf16Bf16 : FloatSums {
     using Mask = uint32_t;
     using Value = uint16_t;
     using Values = const Value*;
-    using Element = uint16_t;
     static constexpr int kColumns = 2, kVectors = 1;
 
     EFX_INLINE static inline void expand(Mask mask, const Value* values, Vector* vectors) {
         vectors[0] = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values));
     }
-    EFX_INLINE static inline Accumulator multiply(Accumulator sum, const Vector* vectors, const Element* x) {
-        return _mm512_dpbf16_ps(sum, (__m512bh)vectors[0], (__m512bh)broadcast(x));
-    }
 };
 
 // int8 times bfloat16: every int8 is a bfloat16.
 struct Int8Bf16 : FloatSums, Int8Weight {
-    using Element = uint16_t;
     static constexpr int kVectors = 2;
     static constexpr int blocks(int m) { return m <= 4 ? 3 : m <= 8 ? 2 : 1; }
 
@@ -75,10 +74,6 @@ struct Int8Bf16 : FloatSums, Int8Weight {
         const __m512i fours = expand_bytes(mask, values);
         vectors[0] = pair(floats_of<0>(fours), floats_of<1>(fours));
         vectors[1] = pair(floats_of<2>(fours), floats_of<3>(fours));
-    }
-    EFX_INLINE static inline Accumulator multiply(Accumulator sum, const Vector* vectors, const Element* x) {
-        sum = _mm512_dpbf16_ps(sum, (__m512bh)vectors[0], (__m512bh)broadcast(x));
-        return _mm512_dpbf16_ps(sum, (__m512bh)vectors[1], (__m512bh)broadcast(x + 2));
     }
 
    private:
@@ -96,7 +91,6 @@ struct Int8Bf16 : FloatSums, Int8Weight {
 
 // int4 times bfloat16.
 struct Int4Bf16 : FloatSums, Int4Weight {
-    using Element = uint16_t;
     using Int4Weight::kSpans, Int4Weight::kTile;
     static constexpr int kVectors = 2;
     static constexpr int blocks(int m) { return m <= 1 ? 4 : m <= 4 ? 3 : m <= 8 ? 2 : 1; }
@@ -110,10 +104,6 @@ struct Int4Bf16 : FloatSums, Int4Weight {
         const __m512i table = _mm512_load_si512(kBf16), nibbles = expand_nibbles(mask, values);
         vectors[0] = _mm512_permutexvar_epi16(nibbles, table);
         vectors[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(nibbles, 8), table);
-    }
-    EFX_INLINE static inline Accumulator multiply(Accumulator sum, const Vector* vectors, const Element* x) {
-        sum = _mm512_dpbf16_ps(sum, (__m512bh)vectors[0], (__m512bh)broadcast(x));
-        return _mm512_dpbf16_ps(sum, (__m512bh)vectors[1], (__m512bh)broadcast(x + 2));
     }
     EFX_INLINE static inline __m512 add_scaled(__m512 total, Accumulator sum, __m512 scales, int32_t) {
         return _mm512_fmadd_ps(sum, scales, total);

@@ -22,6 +22,9 @@ struct FloatDot : Simd {
     static constexpr int kShift = 0;
     static constexpr int column(int i) { return i; }
 
+    EFX_INLINE static inline Accumulator multiply(const Accumulator& sum, const Vector& vector, const Element* x) {
+        return Simd::multiply_add(sum, vector, *x);
+    }
     // Quantized activations are integers in floats.
     static float quantize(float x) { return static_cast<float>(nearest(x)); }
     EFX_INLINE static inline void finish(const Accumulator& sum, float* floats, const int32_t*) {
@@ -42,11 +45,6 @@ struct Bf16Float : FloatDot<Simd> {
     EFX_INLINE static inline void expand(Mask mask, const Value* values, typename Simd::Floats* vectors) {
         Simd::expand_pairs(mask, values, vectors);
     }
-    EFX_INLINE static inline typename Simd::Floats multiply(typename Simd::Floats sum,
-                                                            const typename Simd::Floats* vectors, const float* x) {
-        sum = Simd::multiply_add(sum, vectors[0], x[0]);
-        return Simd::multiply_add(sum, vectors[1], x[1]);
-    }
 };
 
 // Weights of 8 and of 4 bits.
@@ -54,12 +52,6 @@ template <class Simd>
 struct FourColumns : FloatDot<Simd> {
     using Mask = uint64_t;
     static constexpr int kColumns = 4, kVectors = 4;
-
-    EFX_INLINE static inline typename Simd::Floats multiply(typename Simd::Floats sum,
-                                                            const typename Simd::Floats* vectors, const float* x) {
-        unroll<4>([&](auto c) EFX_INLINE { sum = Simd::multiply_add(sum, vectors[c], x[c]); });
-        return sum;
-    }
 };
 
 template <class Simd>

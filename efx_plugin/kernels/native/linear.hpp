@@ -9,7 +9,8 @@
 //   Vector, Accumulator    16 rows
 //   Floats                 16 floats
 //   expand(mask, values, vectors)            the group's vectors, from whole vectors of values
-//   multiply(accumulator, vectors, elements) add the products with one row of activations
+//   multiply(accumulator, vector, elements)  add the products with one row of activations: of each vector with its
+//                                            kColumns / kVectors elements
 //   quantize(float)                          an element; not for elements that are bfloat16
 //   finish(accumulator, floats, sums)        16 floats
 //   round(floats, bf16)                      and their roundings
@@ -336,14 +337,25 @@ struct Linear {
 
     template <int M, int kBlocks>
     EFX_INLINE static inline void multiply(Accumulator (&sums)[kBlocks][M], const Vector* vectors, const Element* x) {
-        unroll<M>([&](auto m) EFX_INLINE { multiply_row<M, kBlocks, m>(sums, vectors, x); });
+        // Vector by vector, for few registers hold vectors beside the sums.
+        unroll<kVectors>([&](auto v) EFX_INLINE {
+            unroll<M>([&](auto m) EFX_INLINE { multiply_vector<M, kBlocks, m, v>(sums, vectors, x); });
+        });
     }
 
     template <int M, int kBlocks, int m>
     EFX_INLINE static inline void multiply_row(Accumulator (&sums)[kBlocks][M], const Vector* vectors,
                                                const Element* x) {
+        unroll<kVectors>([&](auto v) EFX_INLINE { multiply_vector<M, kBlocks, m, v>(sums, vectors, x); });
+    }
+
+    // The v-th vectors of the blocks, with one row of activations.
+    template <int M, int kBlocks, int m, int v>
+    EFX_INLINE static inline void multiply_vector(Accumulator (&sums)[kBlocks][M], const Vector* vectors,
+                                                  const Element* x) {
+        constexpr int kFirst = m * kColumns + v * (kColumns / kVectors);
         unroll<kBlocks>([&](auto b) EFX_INLINE {
-            sums[b][m] = Dot::multiply(sums[b][m], vectors + b * kVectors, x + m * kColumns);
+            sums[b][m] = Dot::multiply(sums[b][m], vectors[b * kVectors + v], x + kFirst);
         });
     }
 

@@ -30,10 +30,8 @@ struct FloatSums : Registers {
 
     static Accumulator zero() { return {}; }
     EFX_INLINE static inline void finish(const Accumulator& sum, float* floats, const int32_t*) { store(floats, sum); }
-
-   protected:
     // Two columns of each row.
-    EFX_INLINE static inline Accumulator add_pairs(Accumulator sum, const Group& pairs, const Element* x) {
+    EFX_INLINE static inline Accumulator multiply(Accumulator sum, const Group& pairs, const Element* x) {
         uint32_t bits;
         std::memcpy(&bits, x, 4);
         const bfloat16x4_t two = vreinterpret_bf16_u32(vdup_n_u32(bits));
@@ -54,12 +52,12 @@ struct IntSums : Registers {
 
     static Accumulator zero() { return {}; }
     static Element quantize(float x) { return static_cast<Element>(nearest(x)); }
-    EFX_INLINE static inline Accumulator multiply(Accumulator sum, const Group* group, const Element* x) {
+    EFX_INLINE static inline Accumulator multiply(Accumulator sum, const Group& group, const Element* x) {
         uint32_t bits;
         std::memcpy(&bits, x, 4);
         const int8x8_t four = vreinterpret_s8_u32(vdup_n_u32(bits));
         unroll<4>([&](auto i) EFX_INLINE {
-            sum.fours[i] = vdotq_lane_s32(sum.fours[i], vreinterpretq_s8_u8(group->fours[i]), four, 0);
+            sum.fours[i] = vdotq_lane_s32(sum.fours[i], vreinterpretq_s8_u8(group.fours[i]), four, 0);
         });
         return sum;
     }
@@ -111,18 +109,11 @@ struct Bf16Bf16 : FloatSums {
     EFX_INLINE static inline void expand(Mask mask, const Value* values, Group* groups) {
         groups[0] = expand_pairs(mask, values);
     }
-    EFX_INLINE static inline Accumulator multiply(const Accumulator& sum, const Group* groups, const Element* x) {
-        return add_pairs(sum, groups[0], x);
-    }
 };
 
 // Four columns of small integers, each a bfloat16, in two pairs.
 struct FourBf16 : FloatSums {
     static constexpr int kColumns = 4, kVectors = 2;
-
-    EFX_INLINE static inline Accumulator multiply(const Accumulator& sum, const Group* groups, const Element* x) {
-        return add_pairs(add_pairs(sum, groups[0], x), groups[1], x + 2);
-    }
 };
 
 // int8 times bfloat16.

@@ -48,8 +48,8 @@ struct Int8Int8 : Simd, Int8Weight {
     EFX_INLINE static inline void expand(Mask mask, const Value* values, Vector* vectors) {
         vectors[0] = Simd::expand_bytes(mask, values);
     }
-    EFX_INLINE static inline Accumulator multiply(Accumulator sum, const Vector* vectors, const Element* x) {
-        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(broadcast(x)), "v"(vectors[0]));  // the intrinsic costs copies
+    EFX_INLINE static inline Accumulator multiply(Accumulator sum, Vector vector, const Element* x) {
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(broadcast(x)), "v"(vector));  // the intrinsic costs copies
         return sum;
     }
     EFX_INLINE static inline void finish(Accumulator sum, float* floats, const int32_t* sums) {
@@ -99,8 +99,8 @@ struct Int4Int8 : Simd, Int4Weight {
         vectors[0] = _mm512_ternarylogic_epi32(Simd::expand_nibbles(mask, values), _mm512_set1_epi8(15),
                                                _mm512_set1_epi8(8), kAndXor);
     }
-    EFX_INLINE static inline Accumulator multiply(Accumulator sum, const Vector* vectors, const Element* x) {
-        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(vectors[0]), "v"(broadcast(x)));  // the intrinsic costs copies
+    EFX_INLINE static inline Accumulator multiply(Accumulator sum, Vector vector, const Element* x) {
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(vector), "v"(broadcast(x)));  // the intrinsic costs copies
         return sum;
     }
     EFX_INLINE static inline __m512 add_scaled(__m512 total, Accumulator sum, __m512 scales, int32_t x_sum) {
