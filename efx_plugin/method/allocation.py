@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from efx_plugin.method.masks import most_of_a_row
+
 # Scores are counted by their sign, exponent and seven bits of mantissa: a threshold is found to within 0.8 %.
 _BINS = 1 << 15
 
@@ -14,7 +16,7 @@ class ScoreCounts:
 
     Args:
         sparsity: fraction to prune of all entries together.
-        floor: only the lowest floor · sparsity · in entries of each row are eligible.
+        floor: see `most_of_a_row`, at least 1.
     """
 
     def __init__(self, sparsity: float, floor: float):
@@ -24,7 +26,7 @@ class ScoreCounts:
 
     def add(self, group: str, scores: Tensor) -> None:
         """Count the scores, fp32 [out, in] and not negative, of a matrix of the group."""
-        count = min(scores.shape[1], math.ceil(self._floor * self._sparsity * scores.shape[1]))
+        count = math.ceil(most_of_a_row(self._sparsity, self._floor) * scores.shape[1])
         lowest = scores.float().topk(count, dim=1, largest=False, sorted=False).values
         # The upper half of a float that is not negative orders as the float does.
         bins = torch.bincount(lowest.contiguous().view(torch.int32).flatten() >> 16, minlength=_BINS)

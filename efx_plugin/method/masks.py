@@ -45,14 +45,14 @@ def pooled_masks(scores: list[Tensor], sparsity: float, floor: float | None = No
     """Prune the lowest entries of several matrices in competition, `sparsity` of them in all.
 
     Without a floor, pooling empties the rows whose outputs matter least to the estimate and the network with them.
-    The floor makes only the lowest floor · sparsity · in entries of each row eligible.
+    With the floor only the lowest entries of each row are eligible, see `most_of_a_row`.
 
     Args:
         scores: matrices [out, in] in one common unit; a single one gives the `matrix` comparison group.
         sparsity: fraction to prune of all entries together.
         floor: at least 1; None makes every entry eligible.
     """
-    eligible = None if floor is None else [_eligible(matrix, floor * sparsity) for matrix in scores]
+    eligible = None if floor is None else [_eligible(matrix, most_of_a_row(sparsity, floor)) for matrix in scores]
     pruned = lowest(scores, round(sparsity * sum(matrix.numel() for matrix in scores)), eligible)
     return [part.logical_not_() for part in pruned]
 
@@ -68,6 +68,15 @@ def allocate(scores: list[Tensor], sparsity: float, floor: float | None = None) 
     """
     masks = pooled_masks(scores, sparsity, floor)
     return [(mask.numel() - int(mask.count_nonzero())) / mask.numel() for mask in masks]
+
+
+def most_of_a_row(sparsity: float, floor: float) -> float:
+    """The largest fraction of a row that may be pruned where `sparsity` of all entries is.
+
+    A row loses at most floor times what rows lose on average, and keeps at least 2 - floor times what they keep. At
+    50 % the two are one; of more sparse matrices the second alone leaves something of every row.
+    """
+    return min(floor * sparsity, 1 - (2 - floor) * (1 - sparsity), 1.0)
 
 
 def _eligible(scores: Tensor, fraction: float) -> Tensor | None:

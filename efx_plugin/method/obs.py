@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from efx_plugin.method.masks import lowest, lowest_per_row, require_n_of_m
+from efx_plugin.method.masks import lowest, lowest_per_row, most_of_a_row, require_n_of_m
 from efx_plugin.method.scores import update_average
 
 # Inside a block, columns are swept one by one in parts of this many, and parts are joined by matrix products.
@@ -52,8 +52,8 @@ def obs_mask(
         sparsity: fraction to prune; without effect where n_of_m is given.
         sensitivity: c, [out], or None for 1. It matters where rows compete only: in group "matrix".
         group: "matrix" lets the rows of a block of columns compete, "row" prunes each row alike.
-        floor: at least 1; in group "matrix" only the lowest floor · sparsity of a row's entries in each block of
-            columns are eligible, and one more where that is no whole number. None makes every entry eligible.
+        floor: at least 1; in group "matrix" only the lowest of a row's entries in each block of
+            columns are eligible, see `most_of_a_row`, rounded up. None makes every entry eligible.
         n_of_m: (n, m) prunes n of every m consecutive inputs of a row.
         block_size: columns per block; with n_of_m the multiple of m below it.
         dampening_frac: fraction of the mean diagonal of the Gram added to its diagonal; raised tenfold, four times
@@ -99,7 +99,7 @@ def obs_mask(
         if floor is None:
             return None
         # Rounding may ask a block for a weight more than its share.
-        most = max(math.ceil(floor * sparsity * len(scores)), -(-count // out_features))
+        most = max(math.ceil(most_of_a_row(sparsity, floor) * len(scores)), -(-count // out_features))
         return lowest_per_row(scores.T, most).T if most < len(scores) else None
 
     dtype = torch.promote_types(weight.dtype, gram.dtype)

@@ -75,7 +75,16 @@ def test_the_floor_bounds_every_row_and_keeps_the_total(shapes, distinct, sparsi
     assert sum(int((~mask).sum()) for mask in masks) == round(sparsity * total)
     for score, mask in zip(scores, masks, strict=True):
         most = math.ceil(floor * sparsity * score.shape[1])
+        least = math.floor((2 - floor) * (1 - sparsity) * score.shape[1] + 1e-9)
         assert ((~mask).sum(dim=1) <= most).all()
+        assert (mask.sum(dim=1) >= least).all()
+
+
+def test_the_floor_leaves_something_of_every_row_however_worthless_it_looks():
+    scores = torch.cat([torch.zeros(1, 100), torch.ones(9, 100)])
+    for sparsity in (0.5, 0.75, 0.95):
+        (mask,) = pooled_masks([scores], sparsity, 1.4)
+        assert int(mask[0].sum()) == pytest.approx(60 * (1 - sparsity), abs=1)
 
 
 def test_rows_compete_in_a_pool():
