@@ -24,7 +24,16 @@ from efx_plugin.model.masked import mask_of
 from efx_plugin.training import EfficientXpertCallback
 from efx_plugin.training.recorder import Recorder
 from integration.serving_models import kernel
-from integration.tiny_training import STEPS, TEXT, in_processes, tiny_peft_model, tiny_trainer, train, train_sharded
+from integration.tiny_training import (
+    STEPS,
+    TEXT,
+    in_processes,
+    tiny_callback,
+    tiny_peft_model,
+    tiny_trainer,
+    train,
+    train_sharded,
+)
 from integration.train_expert import train_tiny_expert
 from tests.support.tiny_llama import tiny_llama
 
@@ -80,7 +89,7 @@ def sparsity(masks):
     ],
 )
 def test_training_ends_in_a_plain_sparse_model(tmp_path, lora, pruning, arguments):
-    callback = EfficientXpertCallback(calibration_tokens=TOKENS, **pruning)
+    callback = tiny_callback(calibration_tokens=TOKENS, **pruning)
     trained = {}
 
     def at_the_end(step, model, **_):
@@ -118,7 +127,7 @@ def test_several_adapters_train_and_merge_together(tmp_path, warnings):
     model = tiny_peft_model()
     model.add_adapter("second", LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     model.base_model.set_adapter(["default", "second"])
-    callback = EfficientXpertCallback(calibration_tokens=TOKENS, repair="adapter")
+    callback = tiny_callback(calibration_tokens=TOKENS, repair="adapter")
     tiny_trainer(tmp_path, callback, model=model, save_strategy="steps").train()
     assert any("the Trainer resumes one adapter and 2 are being trained" in warning for warning in warnings)
     layer = linear_layers(model)[0]
@@ -129,14 +138,14 @@ def test_several_adapters_train_and_merge_together(tmp_path, warnings):
 
 
 def test_a_model_without_adapters_trains_sparse_too(tmp_path):
-    model, callback = tiny_llama(), EfficientXpertCallback(calibration_tokens=TOKENS)
+    model, callback = tiny_llama(), tiny_callback(calibration_tokens=TOKENS)
     tiny_trainer(tmp_path, callback, model=model).train()
     assert all(torch.equal(model.get_submodule(name).weight != 0, keep) for name, keep in callback.masks.items())
 
 
 @pytest.mark.parametrize("repair", ["none", "paper", "adapter", "weights"])
 def test_between_pruning_points_the_model_is_masked_and_its_weights_can_return(tmp_path, repair):
-    callback = EfficientXpertCallback(calibration_tokens=TOKENS, refreshes=3, repair=repair)
+    callback = tiny_callback(calibration_tokens=TOKENS, refreshes=3, repair=repair)
     masks, bases = {}, {}
 
     def see(step, model, **_):
@@ -166,7 +175,7 @@ def test_between_pruning_points_the_model_is_masked_and_its_weights_can_return(t
 
 
 def test_moments_of_a_moved_adapter_start_anew_and_those_of_others_go_on(tmp_path):
-    callback = EfficientXpertCallback(calibration_tokens=TOKENS, repair="adapter")
+    callback = tiny_callback(calibration_tokens=TOKENS, repair="adapter")
     seen = {}
 
     def see(step, model, optimizer, **_):
@@ -182,10 +191,25 @@ def test_moments_of_a_moved_adapter_start_anew_and_those_of_others_go_on(tmp_pat
     assert not torch.equal(seen[4]["weight"], seen[3]["weight"])
 
 
+def test_a_training_of_few_steps_is_pruned_after_the_last(tmp_path):
+    callback = EfficientXpertCallback(calibration_tokens=TOKENS)
+    masked = []
+    watch = Watch(
+        lambda step, model, **_: masked.append(any(mask_of(layer) is not None for layer in linear_layers(model)))
+    )
+    trainer = tiny_trainer(tmp_path, callback, callbacks=(watch,))
+    trainer.train()
+    assert masked == [False] * (STEPS - 1) + [True]
+    assert abs(sparsity(callback.masks) - 0.5) < 2e-3
+    expert = merge_adapters(trainer.model)
+    for name, keep in callback.masks.items():
+        assert (expert.get_submodule(name).weight[~keep] == 0).all()
+
+
 def fisher_of(tmp_path, monkeypatch, **arguments):
     """After which steps Fisher statistics watched, the batches of a pruning point, and the sensitivities there, each
     of norm one: a common factor of the loss does not matter. The learning rate is zero."""
-    callback = EfficientXpertCallback(calibration_tokens=TOKENS, warmup_fraction=2 / 3)
+    callback = tiny_callback(calibration_tokens=TOKENS, warmup_fraction=2 / 3)
     watched, taken, take = [], [], Recorder.take
 
     def record(recorder):
@@ -232,7 +256,7 @@ def test_padding_and_tokens_without_loss_do_not_count(tmp_path):
             ids[24:], attended[28:] = filler, 0
             rows.append({"input_ids": ids, "attention_mask": attended, "labels": torch.where(ids == filler, -100, ids)})
             rows[-1]["labels"][24:] = -100
-        callback = EfficientXpertCallback(calibration_tokens=TOKENS, propagation="block", seed=3)
+        callback = tiny_callback(calibration_tokens=TOKENS, propagation="block", seed=3)
         tiny_trainer(directory, callback, rows=rows).train()
         return callback.masks
 
@@ -244,7 +268,7 @@ def test_padding_and_tokens_without_loss_do_not_count(tmp_path):
 @pytest.mark.parametrize("strategy", ["no", "steps"])
 def test_every_reporter_gets_the_measures_of_each_pruning_point(tmp_path, strategy):
     early = Watch()
-    callback = EfficientXpertCallback(calibration_tokens=TOKENS, refreshes=3)
+    callback = tiny_callback(calibration_tokens=TOKENS, refreshes=3)
     trainer = tiny_trainer(tmp_path, callback, callbacks=(early,), logging_strategy=strategy, logging_steps=5)
     order = [type(one).__name__ for one in trainer.callback_handler.callbacks]
     trainer.train()
@@ -264,7 +288,7 @@ def test_every_reporter_gets_the_measures_of_each_pruning_point(tmp_path, strate
 
 
 def test_a_trainer_may_log_before_it_trains(tmp_path):
-    callback = EfficientXpertCallback(calibration_tokens=TOKENS)
+    callback = tiny_callback(calibration_tokens=TOKENS)
     trainer = tiny_trainer(tmp_path, callback)
     trainer.log({"before": 1.0})
     trainer.train()
@@ -274,7 +298,7 @@ def test_a_trainer_may_log_before_it_trains(tmp_path):
 def test_where_reporters_cannot_be_preceded_a_warning_says_so(tmp_path, monkeypatch, warnings):
     monkeypatch.setattr(CallbackHandler, "on_train_begin", CallbackHandler.on_train_begin.__wrapped__)
     early = Watch()
-    callback = EfficientXpertCallback(calibration_tokens=TOKENS)
+    callback = tiny_callback(calibration_tokens=TOKENS)
     trainer = tiny_trainer(tmp_path, callback, callbacks=(early,))
     trainer.train()
     assert not any("sparsity" in logs for _, logs in early.logs)
@@ -324,7 +348,7 @@ def test_two_killed_processes_go_on_with_the_batches_and_gradients_of_each(tmp_p
 
 def test_a_checkpoint_that_is_torn_or_of_other_arguments_is_refused(tmp_path):
     def trainer(**pruning):
-        callback = EfficientXpertCallback(calibration_tokens=TOKENS, **pruning)
+        callback = tiny_callback(calibration_tokens=TOKENS, **pruning)
         return tiny_trainer(tmp_path, callback, save_strategy="steps", save_steps=6)
 
     trainer().train()
@@ -409,7 +433,7 @@ def test_an_end_of_a_tied_model_that_was_trained_alone_gets_its_own_weight(tmp_p
             with torch.no_grad():
                 trained["logits"] = copy.deepcopy(model).eval()(TEXT[:2]).logits
 
-    callback = EfficientXpertCallback(calibration_tokens=TOKENS)
+    callback = tiny_callback(calibration_tokens=TOKENS)
     trainer = tiny_trainer(tmp_path, callback, model=model, callbacks=(Watch(at_the_end),), learning_rate=5e-2)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
@@ -423,7 +447,7 @@ def test_an_end_of_a_tied_model_that_was_trained_alone_gets_its_own_weight(tmp_p
 
 def test_tokens_whose_label_is_not_used_do_not_count(tmp_path):
     def counted(labels):
-        callback, seen = EfficientXpertCallback(calibration_tokens=TOKENS, warmup_fraction=0.5), []
+        callback, seen = tiny_callback(calibration_tokens=TOKENS, warmup_fraction=0.5), []
         watch = Watch(lambda step, **_: seen.append(callback._recorder.recorded))
         rows = [{"input_ids": ids, "labels": labels(ids)} for ids in TEXT]
         trainer = tiny_trainer(tmp_path, callback, rows=rows, callbacks=(watch,))
@@ -450,7 +474,7 @@ def test_training_that_stops_before_the_last_pruning_point_is_no_sparse_model(tm
 
 
 def test_dropout_that_masks_switch_off_is_announced(tmp_path, warnings):
-    tiny_trainer(tmp_path, EfficientXpertCallback(), model=tiny_peft_model(lora_dropout=0.1)).train()
+    tiny_trainer(tmp_path, tiny_callback(), model=tiny_peft_model(lora_dropout=0.1)).train()
     announcement = "lora_dropout has no counterpart under a mask: it is off from step 4 on"
     assert sum(announcement in warning for warning in warnings) == 1
 

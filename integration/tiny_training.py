@@ -38,6 +38,12 @@ def tiny_peft_model(dtype: torch.dtype = torch.float32, **options) -> PeftModel:
     return get_peft_model(tiny_llama().to(dtype), LoraConfig(**fields))
 
 
+def tiny_callback(**pruning) -> EfficientXpertCallback:
+    """The callback, which prunes after a third of the steps unless it is told otherwise: by default `STEPS` of them are
+    so few that it would prune after the last."""
+    return EfficientXpertCallback(**({"warmup_fraction": 1 / 3} | pruning))
+
+
 def tiny_trainer(
     output: Path,
     callback: TrainerCallback,
@@ -86,7 +92,7 @@ def train(output: Path, *, pruning: dict[str, Any], kill: tuple[str, int] | None
     torch.serialization.register_package(
         0, lambda _storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
     )
-    callback = EfficientXpertCallback(**pruning)
+    callback = tiny_callback(**pruning)
     resume = any(output.glob("checkpoint-*"))
     trainer = tiny_trainer(output, callback, callbacks=(Kill(*kill),) if kill else (), **arguments)
     trainer.train(resume_from_checkpoint=resume)
@@ -106,7 +112,7 @@ def train_sharded(output: Path, *, pruning: dict[str, Any]) -> None:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    callback = EfficientXpertCallback(**pruning)
+    callback = tiny_callback(**pruning)
     state, control = TrainerState(max_steps=STEPS), TrainerControl()
     events = {"model": model, "optimizer": optimizer}
     arguments = TrainingArguments(output_dir=str(output), use_cpu=True)

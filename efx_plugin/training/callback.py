@@ -6,9 +6,9 @@ itself stays unmasked, so a later pruning point may take a weight back. After th
 end of training everything is merged into a plain sparse model.
 """
 
-import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from efx_plugin.model.adapters import (
 )
 from efx_plugin.model.masked import has_dropout, install_mask, mask_of, remove_mask
 from efx_plugin.training.recorder import Recorder, Recording
-from efx_plugin.training.schedule import pruning_steps
+from efx_plugin.training.schedule import Schedule
 from efx_plugin.training.state import link_state, read_state, write_state
 
 # Files in the Trainer's checkpoint: one for all processes, and one for each.
@@ -76,7 +76,9 @@ class EfficientXpertCallback(TrainerCallback):
     A Trainer checkpoint also gets what a run needs to go on from there and end with the same masks.
 
     Args:
-        warmup_fraction: fraction of the training steps before the first pruning point.
+        warmup_fraction: fraction of the training steps before the first pruning point; by default what `final_fraction`
+            leaves where that is given, else a third. With one pruning point the default is 20 steps at least, or all of
+            a shorter training: then the model is pruned after the last step.
         refreshes: number of pruning points, evenly spaced from the end of the warm-up to the start of the final phase.
         final_fraction: fraction of the training steps after the last pruning point, under its mask; by default what
             the warm-up leaves where there is one pruning point, else a third.
@@ -96,36 +98,20 @@ class EfficientXpertCallback(TrainerCallback):
     def __init__(
         self,
         *,
-        warmup_fraction: float = 1 / 3,
+        warmup_fraction: float | None = None,
         refreshes: int = 1,
         final_fraction: float | None = None,
         calibration_tokens: int = 8192,
         **pruning_arguments: Any,
     ):
-        if final_fraction is None:
-            final_fraction = 1 - warmup_fraction if refreshes == 1 else 1 / 3
-        if not (0 <= warmup_fraction <= 1 and 0 <= final_fraction <= 1 and warmup_fraction + final_fraction < 1 + 1e-9):
-            raise EfxError(
-                f"warmup_fraction {warmup_fraction} and final_fraction {final_fraction} are no two fractions of one "
-                "training: they must lie between 0 and 1 and add up to 1 at most"
-            )
-        if refreshes < 1 or calibration_tokens < 1:
-            raise EfxError(
-                f"refreshes {refreshes} and calibration_tokens {calibration_tokens} must be 1 at least: nothing would "
-                "be pruned"
-            )
-        if refreshes == 1 and not math.isclose(warmup_fraction + final_fraction, 1):
-            raise EfxError(
-                f"with one pruning point the final phase starts where the warm-up ends, but warmup_fraction "
-                f"{warmup_fraction:.3g} and final_fraction {final_fraction:.3g} do not add up to 1: leave one of them "
-                "out, or set refreshes to 2 or more"
-            )
+        self.schedule = Schedule(warmup_fraction, refreshes, final_fraction)
+        if calibration_tokens < 1:
+            raise EfxError(f"calibration_tokens {calibration_tokens} must be 1 at least: nothing would be pruned")
         try:
             self.arguments = PruningArguments(**pruning_arguments)
         except ValidationError as error:
             first = error.errors()[0]
             raise EfxError(f"{'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg']}") from error
-        self.warmup_fraction, self.refreshes, self.final_fraction = warmup_fraction, refreshes, final_fraction
         self.calibration_tokens = calibration_tokens
         self.masks: dict[str, Tensor] = {}
         self._pending: dict[str, float] = {}  # measured at a pruning point, and not in the Trainer's log yet
@@ -145,13 +131,13 @@ class EfficientXpertCallback(TrainerCallback):
         if state.is_world_process_zero:
             warn_of_slow_dtype(model, "load it with dtype=torch.float32, and train with bf16=False")
         vars(model).pop("save_pretrained", None)  # set by an earlier training
-        self._schedule = pruning_steps(state.max_steps, self.warmup_fraction, self.refreshes, self.final_fraction)
+        self._steps = self.schedule.steps(state.max_steps)
         self._plans = self._plan(model)
         if state.is_world_process_zero:
             warn_of_unprunable(model)
         self._layers = [layer for plan in self._plans for layer in plan.layers]
         self._pruned = 0  # number of pruning points that are done
-        self._running = RunningScores(self.arguments.new_score_weight) if self.refreshes > 1 else None
+        self._running = RunningScores(self.arguments.new_score_weight) if self.schedule.refreshes > 1 else None
         fisher = self.arguments.uses_propagation and self.arguments.propagation == "fisher"
         self._recorder = Recorder(
             model,
@@ -171,7 +157,7 @@ class EfficientXpertCallback(TrainerCallback):
                 "go on from its checkpoints"
             )
         if any(has_dropout(layer) for layer in self._layers):
-            logger.warning(f"lora_dropout has no counterpart under a mask: it is off from step {self._schedule[0]} on")
+            logger.warning(f"lora_dropout has no counterpart under a mask: it is off from step {self._steps[0]} on")
 
     def _plan(self, model: nn.Module) -> list[PlannedBlock]:
         """What is going to be pruned."""
@@ -180,17 +166,17 @@ class EfficientXpertCallback(TrainerCallback):
     # ------------------------------------------------------------------------------------------- pruning points
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._pruned == len(self._schedule):
+        if self._pruned == len(self._steps):
             return
         self._recorder.step = state.global_step
-        if state.global_step == self._schedule[self._pruned]:
+        if state.global_step == self._steps[self._pruned]:
             self._pending = self._prune(kwargs["model"], kwargs["optimizer"], show=state.is_world_process_zero)
             control.should_log = True
         self._record_on()
 
     def _record_on(self) -> None:
-        if self._pruned < len(self._schedule):
-            self._recorder.watch_before(self._schedule[self._pruned])
+        if self._pruned < len(self._steps):
+            self._recorder.watch_before(self._steps[self._pruned])
         else:
             self._recorder.close()
 
@@ -199,7 +185,7 @@ class EfficientXpertCallback(TrainerCallback):
         return self._recorder.take()
 
     def _prune(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, show: bool) -> dict[str, float]:
-        started, step = time.perf_counter(), self._schedule[self._pruned]
+        started, step = time.perf_counter(), self._steps[self._pruned]
         recording = self._take_recording()
         if recording.tokens < self.calibration_tokens and show:
             logger.warning(
@@ -210,8 +196,7 @@ class EfficientXpertCallback(TrainerCallback):
         for layer in self._layers:
             remove_mask(layer)
         fisher, sparsities = recording.fisher, None
-        if self.arguments.allocation == "layer":
-            assert fisher is not None  # PruningArguments refuses whatever has no use for it
+        if fisher is not None and self.arguments.blocks_compete:
             sparsities = allocate_over_blocks(self._plans, self.arguments, fisher.sensitivities, fisher.energies)
         arguments = self.arguments
         if previous:  # what is pruned comes back beside kept weights that stand in for it: that is no dense expert
@@ -235,7 +220,7 @@ class EfficientXpertCallback(TrainerCallback):
         measured["pruning_seconds"] = time.perf_counter() - started
         if show:
             logger.info(
-                f"pruning point {self._pruned} of {self.refreshes}, step {step}: "
+                f"pruning point {self._pruned} of {self.schedule.refreshes}, step {step}: "
                 + ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
             )
         return measured
@@ -269,10 +254,10 @@ class EfficientXpertCallback(TrainerCallback):
     ) -> None:
         model: nn.Module = kwargs["model"]
         self._recorder.close()
-        if self._pruned < len(self._schedule):
+        if self._pruned < len(self._steps):
             raise EfxError(
                 f"training has ended after step {state.global_step}, before the pruning point at step "
-                f"{self._schedule[self._pruned]}: the model is not sparse, let training go on"
+                f"{self._steps[self._pruned]}: the model is not sparse, let training go on"
             )
         if isinstance(model, PeftModel):
             untie_adapted(model)
@@ -351,12 +336,10 @@ class EfficientXpertCallback(TrainerCallback):
 
     def _described(self) -> dict[str, Any]:
         return {
-            "warmup_fraction": self.warmup_fraction,
-            "refreshes": self.refreshes,
-            "final_fraction": self.final_fraction,
+            **asdict(self.schedule),
             "calibration_tokens": self.calibration_tokens,
             **self.arguments.model_dump(mode="json"),
-            "pruning steps": self._schedule,
+            "pruning steps": self._steps,
             "number of processes": world()[1],
         }
 

@@ -33,7 +33,7 @@ from efx_plugin.model.adapters import (
     linear_layers,
     stacked_adapter,
 )
-from efx_plugin.training.schedule import pruning_steps
+from efx_plugin.training.schedule import Schedule
 
 # The third of the training after which it is pruned, and how much of an average is new.
 _PRUNINGS, _NEW_SCORE_WEIGHT = 3, 0.5
@@ -65,13 +65,13 @@ class AsReleased(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._schedule = pruning_steps(state.max_steps, 1 / _PRUNINGS, _PRUNINGS, 0)
+        self._steps = Schedule(1 / _PRUNINGS, _PRUNINGS, 0).steps(state.max_steps)
         self._scores = _ReleasedScores(kwargs["model"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step not in self._schedule:
+        if state.global_step not in self._steps:
             return
-        last = state.global_step == self._schedule[-1]
+        last = state.global_step == self._steps[-1]
         if last:
             self._scores.forget()
         prune_in_sequence(

@@ -137,7 +137,7 @@ class _Published(_OnCalibrationSet):
         return plans
 
     def _prune(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, show: bool) -> dict[str, float]:
-        if self._pruned == len(self._schedule) - 1:
+        if self._pruned == len(self._steps) - 1:
             self.arguments = self.arguments.model_copy(update={"repair": "none"})
         return super()._prune(model, optimizer, show=show)
 
