@@ -42,7 +42,8 @@ class PruningArguments(BaseModel):
             structure, in which every matrix loses the same). "auto" is "layer" where that can be measured, else
             "matrix".
         floor: where entries of different rows compete, no row may lose more of its weights than floor times the
-            sparsity of the competition: of the decoder block in an allocation, of the matrix in its mask.
+            sparsity of the competition (of the model or the decoder block in an allocation, of the matrix in its mask),
+            nor keep less than 2 - floor times what the competition leaves.
         repair: "none"; "paper" (moves the adapter so that pruned weights shrink, as published); "adapter" (least
             squares on the layer's output within the adapter's subspace); "weights" (least squares over all kept
             weights).
