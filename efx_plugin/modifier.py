@@ -117,7 +117,8 @@ class EfficientXpertModifier(PruningArguments, Modifier):
         model: Any = inner_model(state.model)
         fisher = self._measure_fisher(model, state.data.calib)
         self._sparsities = layer_sparsities(list(self._layers.values()), self)
-        if fisher is not None and self.blocks_compete:
+        if self.allocation == "layer":
+            assert fisher is not None  # else it has been refused
             self._sparsities = allocate_over_blocks(plans, self, fisher.sensitivities, fisher.energies)
         self._dense = self._dense_stream(model, plans, state.data.calib)
         grids = None

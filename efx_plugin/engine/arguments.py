@@ -39,8 +39,7 @@ class PruningArguments(BaseModel):
         allocation: how the sparsity is spread: "uniform" (every matrix alike), "matrix" (a matrix gets what it loses
             when all entries of its decoder block compete) or "layer" (a decoder block gets what it loses when all
             entries of the model compete, its matrices then as in "matrix"; needs propagation "fisher", and no N:M
-            structure, in which every matrix loses the same). "auto" is "layer" where that can be measured, else
-            "matrix".
+            structure, in which every matrix loses the same).
         floor: where entries of different rows compete, no row may lose more of its weights than floor times the
             sparsity of the competition (of the model or the decoder block in an allocation, of the matrix in its mask),
             nor keep less than 2 - floor times what the competition leaves.
@@ -72,7 +71,7 @@ class PruningArguments(BaseModel):
     saliency: Literal["magnitude", "wanda", "obs"] = "obs"
     propagation: Literal["none", "weight", "activation", "block", "fisher"] = "fisher"
     comparison_group: Literal["row", "matrix", "block"] = "matrix"
-    allocation: Literal["auto", "uniform", "matrix", "layer"] = "auto"
+    allocation: Literal["uniform", "matrix", "layer"] = "matrix"
     floor: float = Field(default=1.4, ge=1)
     repair: Literal["none", "paper", "adapter", "weights"] = "weights"
     repair_steps: int = Field(default=10, ge=1)
@@ -136,11 +135,6 @@ class PruningArguments(BaseModel):
         if self.propagation == "none" or self.n_of_m is not None:
             return False
         return self.comparison_group != "row" or self.allocation != "uniform"
-
-    @property
-    def blocks_compete(self) -> bool:
-        """Whether decoder blocks compete for their sparsities, once the Fisher sensitivities are there."""
-        return self.allocation in ("auto", "layer") and isinstance(self.sparsity, float)
 
     @property
     def uses_grams(self) -> bool:

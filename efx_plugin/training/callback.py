@@ -196,7 +196,8 @@ class EfficientXpertCallback(TrainerCallback):
         for layer in self._layers:
             remove_mask(layer)
         fisher, sparsities = recording.fisher, None
-        if fisher is not None and self.arguments.blocks_compete:
+        if self.arguments.allocation == "layer":
+            assert fisher is not None  # PruningArguments refuses whatever has no use for it
             sparsities = allocate_over_blocks(self._plans, self.arguments, fisher.sensitivities, fisher.energies)
         arguments = self.arguments
         if previous:  # what is pruned comes back beside kept weights that stand in for it: that is no dense expert

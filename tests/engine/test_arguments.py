@@ -34,13 +34,6 @@ def test_propagation_is_used_only_where_it_can_change_a_mask():
     assert PruningArguments(comparison_group="row", allocation="matrix").uses_propagation
 
 
-def test_blocks_compete_by_default_and_not_for_fractions_given_by_name():
-    assert PruningArguments().blocks_compete
-    assert PruningArguments(allocation="layer").blocks_compete
-    assert not PruningArguments(allocation="matrix").blocks_compete
-    assert not PruningArguments(sparsity={"Linear": 0.5}).blocks_compete
-
-
 def test_the_dense_model_computes_only_for_a_repair_that_can_use_its_outputs():
     assert PruningArguments(dense_targets=0.5).uses_dense_model
     assert PruningArguments(dense_targets=1, repair="adapter").uses_dense_model
