@@ -52,8 +52,8 @@ def obs_mask(
         sparsity: fraction to prune; without effect where n_of_m is given.
         sensitivity: c, [out], or None for 1. It matters where rows compete only: in group "matrix".
         group: "matrix" lets the rows of a block of columns compete, "row" prunes each row alike.
-        floor: at least 1; in group "matrix" only the lowest of a row's entries in each block of
-            columns are eligible, see `most_of_a_row`, rounded up. None makes every entry eligible.
+        floor: at least 1; in group "matrix" only the lowest of a row's entries in each block of columns are eligible,
+            see `most_of_a_row`, rounded up. None makes every entry eligible.
         n_of_m: (n, m) prunes n of every m consecutive inputs of a row.
         block_size: columns per block; with n_of_m the multiple of m below it.
         dampening_frac: fraction of the mean diagonal of the Gram added to its diagonal; raised tenfold, four times

@@ -77,8 +77,8 @@ class EfficientXpertCallback(TrainerCallback):
 
     Args:
         warmup_fraction: fraction of the training steps before the first pruning point; by default what `final_fraction`
-            leaves where that is given, else a third. With one pruning point the default is 20 steps at least, or all of
-            a shorter training: then the model is pruned after the last step.
+            leaves where that is given and there is one pruning point, else a third. With one pruning point and neither
+            given it is 20 steps at least, or all of a shorter training: then the model is pruned after the last step.
         refreshes: number of pruning points, evenly spaced from the end of the warm-up to the start of the final phase.
         final_fraction: fraction of the training steps after the last pruning point, under its mask; by default what
             the warm-up leaves where there is one pruning point, else a third.

@@ -14,15 +14,7 @@ LEAST_WARMUP_STEPS = 20
 class Schedule:
     """A warm-up without masks, pruning points, and a final phase under the last mask.
 
-    Attributes:
-        warmup_fraction: fraction of the training steps before the first pruning point. None is what the final phase
-            leaves where that is given and there is one pruning point, else a third.
-        refreshes: number of pruning points, evenly spaced from the end of the warm-up to the start of the final phase.
-        final_fraction: fraction of the training steps after the last pruning point. None is what the warm-up leaves
-            where there is one pruning point, else a third.
-
-    With one pruning point and no fraction given the warm-up has `LEAST_WARMUP_STEPS` at least, so that a training
-    that is no longer is pruned after its last step.
+    Attributes are as in `EfficientXpertCallback`, where None is explained.
 
     Raises:
         EfxError: the fractions and the number of pruning points do not fit together.

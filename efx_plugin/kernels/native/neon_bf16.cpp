@@ -14,6 +14,12 @@ struct Registers {  // what the dots here have in common
     static constexpr int column(int i) { return i; }
     static constexpr int blocks(int m) { return m == 1 ? 2 : 1; }
 
+    // The elements of a group's columns, four bytes, for all rows.
+    EFX_INLINE static inline uint32x2_t broadcast(const void* four_bytes) {
+        uint32_t bits;
+        std::memcpy(&bits, four_bytes, 4);
+        return vdup_n_u32(bits);
+    }
     EFX_INLINE static inline void store(float* to, const Floats& floats) { ::store(to, floats); }
     EFX_INLINE static inline void round(const float* floats, uint16_t* bf16) {
         unroll<4>([&](auto i) EFX_INLINE {
@@ -32,9 +38,7 @@ struct FloatSums : Registers {
     EFX_INLINE static inline void finish(const Accumulator& sum, float* floats, const int32_t*) { store(floats, sum); }
     // Two columns of each row.
     EFX_INLINE static inline Accumulator multiply(Accumulator sum, const Group& pairs, const Element* x) {
-        uint32_t bits;
-        std::memcpy(&bits, x, 4);
-        const bfloat16x4_t two = vreinterpret_bf16_u32(vdup_n_u32(bits));
+        const bfloat16x4_t two = vreinterpret_bf16_u32(broadcast(x));
         unroll<4>([&](auto i) EFX_INLINE {
             sum.fours[i] = vbfdotq_lane_f32(sum.fours[i], vreinterpretq_bf16_u8(pairs.fours[i]), two, 0);
         });
@@ -53,9 +57,7 @@ struct IntSums : Registers {
     static Accumulator zero() { return {}; }
     static Element quantize(float x) { return static_cast<Element>(nearest(x)); }
     EFX_INLINE static inline Accumulator multiply(Accumulator sum, const Group& group, const Element* x) {
-        uint32_t bits;
-        std::memcpy(&bits, x, 4);
-        const int8x8_t four = vreinterpret_s8_u32(vdup_n_u32(bits));
+        const int8x8_t four = vreinterpret_s8_u32(broadcast(x));
         unroll<4>([&](auto i) EFX_INLINE {
             sum.fours[i] = vdotq_lane_s32(sum.fours[i], vreinterpretq_s8_u8(group.fours[i]), four, 0);
         });
