@@ -19,9 +19,11 @@ COMPILE += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC's own heade
 
 # Each of these files is compiled for its instructions and entered only on a processor that has them.
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+_AVX512_BF16 = [*_AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni", "-mavx512bf16"]
 _X86 = {
     f"{CHECKPOINT}/avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vbmi2"],
-    f"{KERNELS}/avx512_bf16.cpp": [*_AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni", "-mavx512bf16"],
+    f"{KERNELS}/avx512_bf16.cpp": _AVX512_BF16,
+    f"{KERNELS}/amx.cpp": _AVX512_BF16,
     f"{KERNELS}/avx512_vnni.cpp": [*_AVX512, "-mbmi2", "-mavx512vnni"],
     f"{KERNELS}/avx512.cpp": [*_AVX512, "-mbmi2"],
     f"{KERNELS}/avx2.cpp": ["-mavx2", "-mfma"],

@@ -43,12 +43,6 @@ def cpu_multiplies_in(dtype: torch.dtype) -> bool:
     )
 
 
-def cpu_multiplies_tiles() -> bool:
-    """Whether oneDNN multiplies bfloat16 in tiles (AMX): the processor can, and ONEDNN_MAX_CPU_ISA allows it."""
-    _, allowed = _limit()
-    return bool(torch.cpu._is_amx_tile_supported()) and (allowed in _NO_LIMIT or "AMX" in allowed)
-
-
 def why_emulated(dtype: torch.dtype) -> str:
     """Why `cpu_multiplies_in` is false, as a main clause: the processor, or the variable that oneDNN obeys."""
     name = str(dtype).removeprefix("torch.")

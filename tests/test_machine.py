@@ -4,7 +4,6 @@ import torch
 from efx_plugin import machine
 from efx_plugin.machine import (
     cpu_multiplies_in,
-    cpu_multiplies_tiles,
     cpu_name,
     free_memory,
     time_over_float32,
@@ -46,20 +45,6 @@ def test_a_processor_without_them(with_bfloat16, monkeypatch):
     assert not cpu_multiplies_in(torch.bfloat16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert cpu_multiplies_in(torch.bfloat16)
-
-
-@pytest.mark.parametrize(
-    ("allowed", "found"),
-    [("", True), ("all", True), ("AVX512_CORE_AMX", True), ("AVX10_1_512", False), ("AVX512_CORE_BF16", False)],
-)
-def test_tiles_are_there_where_the_processor_has_them_and_onednn_may_use_them(
-    with_bfloat16, monkeypatch, allowed, found
-):
-    monkeypatch.setenv("DNNL_MAX_CPU_ISA", allowed)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert cpu_multiplies_tiles() is found
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert not cpu_multiplies_tiles()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

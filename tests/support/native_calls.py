@@ -21,6 +21,10 @@ HEADER += ("scales_at", "sums_at", "offsets_at", "masks_at", "values_at", "size"
 FIELDS = ("isa", "kind", "type", "rows", "columns", "m", "span", "scale_type", "scale_bytes", "bias", "field", "value")
 
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+AVX512_BF16 = [*AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni", "-mavx512bf16"]
+
+
+Call = tuple[dict[str, int], list[torch.Tensor | None]]  # as `make_call` gives it
 
 
 class Architecture(NamedTuple):
@@ -33,7 +37,8 @@ class Architecture(NamedTuple):
 X86 = Architecture(
     ["-DEFX_WITH_X86"],
     {
-        "avx512_bf16.cpp": [*AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni", "-mavx512bf16"],
+        "amx.cpp": AVX512_BF16,
+        "avx512_bf16.cpp": AVX512_BF16,
         "avx512_vnni.cpp": [*AVX512, "-mbmi2", "-mavx512vnni"],
         "avx512.cpp": [*AVX512, "-mbmi2"],
         "avx2.cpp": ["-mavx2", "-mfma"],
@@ -120,7 +125,27 @@ def compile_replay(
     return folder / "replay"
 
 
-def make_call(isa: int, kind: str, weight, scales, x, bias) -> tuple[dict[str, int], list[torch.Tensor | None]]:
+def replay(command: list[str | Path], folder: Path, calls: list[Call]) -> tuple[list[str], list[torch.Tensor]]:
+    """The line that the program prints for each call, and its product [m, rows]."""
+    write_calls(folder / "calls", calls)
+    replayed = subprocess.run([*command, folder / "calls", folder / "results"], capture_output=True, text=True)
+    assert (replayed.returncode, replayed.stderr) == (0, "")
+    lines, results, products = replayed.stdout.splitlines(), (folder / "results").read_bytes(), []
+    for _, (weight, _, x, _) in calls:
+        size = len(x) * len(weight) * x.element_size()
+        products.append(torch.frombuffer(bytearray(results[:size]), dtype=x.dtype).view(len(x), len(weight)))
+        results = results[size:]
+    assert not results and len(lines) == len(calls)
+    return lines, products
+
+
+def is_sum(y, kind, weight, scales, x, bias) -> bool:
+    """Whether y is the rounding of a sum in float32."""
+    exact, error = expected(kind, weight, None if scales is None else scales.float(), x, bias)
+    return bool((((exact - error).to(y.dtype) <= y) & (y <= (exact + error).to(y.dtype))).all())
+
+
+def make_call(isa: int, kind: str, weight, scales, x, bias) -> Call:
     """A call of native_replay.cpp; its weight, scales, activations and bias, of the dtypes that it takes."""
     span = scale_type = 0
     if scales is not None and scales.ndim == 2:
@@ -132,7 +157,7 @@ def make_call(isa: int, kind: str, weight, scales, x, bias) -> tuple[dict[str, i
     return dict(zip(FIELDS, (*numbers, bias is not None, -1, 0), strict=True)), [weight, scales, x, bias]
 
 
-def random_call(rng: np.random.Generator, isa: int) -> tuple[dict[str, int], list[torch.Tensor | None]]:
+def random_call(rng: np.random.Generator, isa: int) -> Call:
     kind, dtype = KINDS[rng.integers(len(KINDS))], DTYPES[rng.integers(2)]
     rows, columns = int(rng.integers(1, 60)), int(rng.integers(1, 90))
     m = int(rng.choice([1, 2, 3, 7, 8, 9, 16, 17, 40, 513], p=[0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.08, 0.02]))
@@ -141,7 +166,7 @@ def random_call(rng: np.random.Generator, isa: int) -> tuple[dict[str, int], lis
     return make_call(isa, kind, weight, scales, x.to(dtype), bias.to(dtype) if rng.integers(2) else None)
 
 
-def write_calls(path: Path, calls: list[tuple[dict[str, int], list[torch.Tensor | None]]]) -> None:
+def write_calls(path: Path, calls: list[Call]) -> None:
     """The file that native_replay.cpp reads."""
     with open(path, "wb") as file:
         for call, arrays in calls:

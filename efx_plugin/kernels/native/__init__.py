@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from efx_plugin.kernels.groups import group_size
-from efx_plugin.kernels.native import hand_off
-from efx_plugin.kernels.panels import cut, multiply
 
 _PROBLEMS = {  # `Status` in layout.hpp
     -1: "the sizes of activations, weight, bias and packed buffer disagree",
@@ -25,7 +23,6 @@ _PROBLEMS = {  # `Status` in layout.hpp
     -4: "there is not enough memory",
 }
 _KINDS = {"bf16": 0, "int8": 1, "int8_dynamic": 2, "int4": 3, "int4_dynamic": 4}
-_DYNAMIC = (_KINDS["int8_dynamic"], _KINDS["int4_dynamic"])
 _TYPES = {torch.bfloat16: 0, torch.float32: 1}
 _SCALE_TYPES = (torch.bfloat16, torch.float16)  # of int4, by number
 _ORDER = [0, 2, 1, 3]  # of a row's columns in a group of int4
@@ -35,6 +32,7 @@ _HEADER = 15  # numbers in `Header`
 MOST_INT8_COLUMNS = 65_536
 
 SUMMARIES = {
+    "amx": "non-zeros expanded in registers, tiles multiplied by AMX",
     "avx512_bf16": "non-zeros expanded in registers, AVX-512 dot products",
     "avx512_vnni": "non-zeros expanded in registers, AVX-512 without bfloat16 instructions, dot products of int8",
     "avx512": "non-zeros expanded in registers, AVX-512 without bfloat16 instructions",
@@ -64,19 +62,13 @@ class NativeKernel:
         name: one of `SUMMARIES`.
         library: the compiled module; None if there is none, which is an obstacle for every weight.
         index: the module's number of the instruction set.
-
-    Attributes:
-        hand_off_from: from how many tokens on oneDNN multiplies bfloat16 activations with expanded panels.
     """
 
     device = "cpu"
 
     def __init__(self, name: str, library: ModuleType | None, index: int) -> None:
         self.name = name
-        self.hand_off_from = hand_off.hand_off_from(name)
         self.summary = SUMMARIES[name]
-        if self.hand_off_from != hand_off.NEVER:
-            self.summary += f"; bfloat16 activations from {self.hand_off_from} tokens on in panels, AMX (oneDNN)"
         self.library: Any = library
         self.index = index
         self.is_supported = library is not None and bool(library.efx_isa_supported(index))
@@ -135,8 +127,6 @@ class NativeKernel:
         m = leading[0] if len(leading) == 1 else math.prod(leading)
         if bias is not None and (bias.dtype is not x.dtype or bias.numel() != out_features):
             raise ValueError(_PROBLEMS[-1])
-        if m >= self.hand_off_from and x.dtype is torch.bfloat16 and self._kind(buffer) not in _DYNAMIC:
-            return self._linear_by_panels(x, buffer, bias, out_features)
         y = x.new_empty((*leading, out_features))
         bias_address = None
         if bias is not None:
@@ -157,23 +147,6 @@ class NativeKernel:
         )
         if status:
             _succeed(status)
-        return y
-
-    def _kind(self, buffer: Tensor) -> int:
-        return _succeed(self.library.efx_kind(buffer.data_ptr(), buffer.numel()))
-
-    def _linear_by_panels(self, x: Tensor, buffer: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-        """`linear` of contiguous bfloat16 by oneDNN. int8 and int4 times their scales are rounded to bfloat16."""
-        columns, threads = x.shape[-1], torch.get_num_threads()
-        packed = (self.index, buffer.data_ptr(), buffer.numel(), out_features, columns)
-
-        def expand(first: int, rows: int, dense: Tensor) -> None:
-            _succeed(self.library.efx_expand(*packed, first, rows, dense.data_ptr(), threads))
-
-        y = x.new_empty((*x.shape[:-1], out_features))
-        panels = cut(out_features, hand_off.panel_rows(columns, threads), hand_off.PANEL_UNIT)
-        room = x.new_empty(max(rows for _, rows in panels) * columns)
-        multiply(x.view(-1, columns), bias, y.view(-1, out_features), panels, room, expand)
         return y
 
     def unpack(self, packed: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -71,8 +71,6 @@ PyMethodDef methods[] = {
     define<efx_packed_size>("efx_packed_size"),
     define<efx_pack>("efx_pack"),
     define<efx_linear>("efx_linear"),
-    define<efx_kind>("efx_kind"),
-    define<efx_expand>("efx_expand"),
     {nullptr, nullptr, 0, nullptr},
 };
 

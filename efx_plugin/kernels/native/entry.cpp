@@ -39,10 +39,12 @@ const Named* isas(int* count) {
     static const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                                    __builtin_cpu_supports("bmi2");
+    static const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512vbmi") &&
+                                 __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") &&
+                                 __builtin_cpu_supports("avx512bf16");
     static const Named all[] = {
-        {"avx512_bf16", &efx::avx512_bf16,
-         has_avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
-             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")},
+        {"amx", &efx::amx, has_bf16 && efx::can_use_tiles()},
+        {"avx512_bf16", &efx::avx512_bf16, has_bf16},
         {"avx512_vnni", &efx::avx512_vnni, has_avx512 && __builtin_cpu_supports("avx512vnni")},
         {"avx512", &efx::avx512, has_avx512},
         {"avx2", &efx::avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
@@ -214,25 +216,4 @@ int64_t efx_linear(int64_t isa_index, const void* buffer, int64_t size, const vo
     const efx::Weight weight{static_cast<const efx::Header*>(buffer), static_cast<const char*>(buffer)};
     if (weight.header->rows != rows || weight.header->columns != columns) return efx::kSizes;
     return isa->linear({weight, static_cast<efx::Type>(type), x, m, bias, y, static_cast<int>(threads)});
-}
-
-int64_t efx_kind(const void* buffer, int64_t size) {
-    return is_packed(buffer, size) ? static_cast<const efx::Header*>(buffer)->kind : int64_t{efx::kSizes};
-}
-
-int64_t efx_expand(int64_t isa_index, const void* buffer, int64_t size, int64_t rows, int64_t columns, int64_t first,
-                   int64_t count, void* dense, int64_t threads) {
-    const efx::Isa* isa = supported_isa(isa_index);
-    if (!isa || !isa->expand) return efx::kUnsupported;
-    if (!is_packed(buffer, size) || threads < 1) return efx::kSizes;
-    const efx::Weight weight{static_cast<const efx::Header*>(buffer), static_cast<const char*>(buffer)};
-    if (weight.header->rows != rows || weight.header->columns != columns) return efx::kSizes;
-    if (first < 0 || first >= rows || first % efx::kBlock || count < 1 || count > rows - first) return efx::kSizes;
-    auto* to = static_cast<uint16_t*>(dense);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < count; row += efx::kBlock) {
-        const int64_t n = count - row < efx::kBlock ? count - row : efx::kBlock;
-        isa->expand(weight, (first + row) / efx::kBlock, n, to + row * columns);
-    }
-    return efx::kOk;
 }

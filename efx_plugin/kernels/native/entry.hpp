@@ -25,12 +25,3 @@ EFX_EXPORT int64_t efx_pack(int64_t isa_index, int64_t kind, const void* weight,
 // y [m, rows] = x [m, columns] times the packed weight, plus bias [rows] unless null; see layout.hpp.
 EFX_EXPORT int64_t efx_linear(int64_t isa_index, const void* buffer, int64_t size, const void* x, int64_t type,
                               int64_t m, int64_t columns, const void* bias, void* y, int64_t rows, int64_t threads);
-
-// The kind of a packed weight.
-EFX_EXPORT int64_t efx_kind(const void* buffer, int64_t size);
-
-// Rows [first, first + count) of the packed weight [rows, columns] to `dense` [count, columns], row-major, in bfloat16; those
-// of int8 and int4 times their scales, rounded. 16 divides `first`. kUnsupported also where an instruction set has no use
-// for it.
-EFX_EXPORT int64_t efx_expand(int64_t isa_index, const void* buffer, int64_t size, int64_t rows, int64_t columns,
-                              int64_t first, int64_t count, void* dense, int64_t threads);

@@ -124,8 +124,6 @@ struct Isa {
     int64_t (*count)(const Dense&, int64_t kind, int64_t block);
     // A block's masks, values, and sums unless null, to their places.
     void (*pack)(const Dense&, const Header&, int64_t block, void* masks, void* values, int32_t* sums);
-    // The first rows of a block, dense, in bfloat16; null where no product is left to another library.
-    void (*expand)(const Weight&, int64_t block, int64_t rows, uint16_t* dense);
 };
 
 extern const Isa portable;
@@ -133,7 +131,13 @@ extern const Isa avx2;         // AVX2, FMA
 extern const Isa avx512;       // AVX512F, BW, DQ, VL, BMI2
 extern const Isa avx512_vnni;  // and VNNI
 extern const Isa avx512_bf16;  // and VBMI, VBMI2, BF16
+extern const Isa amx;          // and AMX for bfloat16 and int8
 extern const Isa neon;         // aarch64
 extern const Isa neon_bf16;    // DotProd, BF16
+
+// Whether the processor multiplies tiles of bfloat16 and int8 (AMX), and the system lets this process do so, which has to
+// ask for it.
+bool can_use_tiles();
+int64_t linear_by_tiles(const Call& call);  // for processors that can
 
 }  // namespace efx

@@ -150,6 +150,12 @@ struct Result {
         }
     }
 
+    // Where a row's results of a block go.
+    char* at(int64_t row, int64_t block) const {
+        const int64_t place = (first_row + row) * call.weight.header->rows + block * kBlock;
+        return static_cast<char*>(call.y) + place * (call.type == efx::kTypeBf16 ? 2 : 4);
+    }
+
    private:
     template <class T>
     void add_bias_and_store(float* y, int64_t row, int64_t first) const {
@@ -165,7 +171,7 @@ struct Result {
         } else {
             std::memcpy(rounded, y, sizeof rounded);
         }
-        T* to = static_cast<T*>(call.y) + (first_row + row) * rows + first;
+        char* to = at(row, first / kBlock);
         if (n == kBlock) {
             std::memcpy(to, rounded, sizeof rounded);
         } else {
@@ -190,7 +196,7 @@ struct Linear {
     // Rows of activations that are converted, and multiplied with a block, at once: each block reads them all, so that they
     // had better stay in a cache of a few MB.
     static constexpr int64_t kBytesAtOnce = 4 << 20, kLeastRowsAtOnce = 64, kMostRowsAtOnce = 512;
-    static constexpr int64_t kAhead = 2048;            // bytes of values to prefetch ahead
+    static constexpr int64_t kAhead = 4096;            // bytes of values to prefetch ahead
     static constexpr int64_t kMostTotals = 32;         // of the blocks that are multiplied at once
 
     struct Stream {

@@ -1,0 +1,50 @@
+"""The kernel of AMX with its tiles emulated, so that every processor with AVX512-BF16 tests it, under sanitizers."""
+
+import numpy as np
+import pytest
+import torch
+
+from efx_plugin.kernels import native, registry
+from tests.support.native_calls import (
+    KINDS,
+    bytes_of,
+    digest,
+    is_sum,
+    make_call,
+    make_weight,
+    random_call,
+    replay,
+)
+
+AMX, VECTORS = 0, "avx512_bf16"
+
+pytestmark = pytest.mark.skipif(
+    not any(kernel.name == VECTORS and kernel.is_supported for kernel in native.KERNELS),
+    reason="a processor without AVX512-BF16",
+)
+
+
+def test_is_the_rounding_of_a_sum_in_float32(sanitized_program):
+    rng = np.random.default_rng(0)
+    calls = [random_call(rng, AMX) for _ in range(200)]
+    lines, products = replay([sanitized_program], sanitized_program.parent, calls)
+    for (call, arrays), line, y in zip(calls, lines, products, strict=True):
+        kind = KINDS[call["kind"]]
+        assert is_sum(y, kind, *arrays), (call, line)
+        weight, scales, _, _ = arrays
+        scales = None if scales is None else scales.float()
+        (packed,) = registry.find(VECTORS).pack(weight, scales, kind.endswith("dynamic"))
+        assert line == f"{packed.numel()} 0 0 {digest(bytes_of(packed) + bytes_of(y))}", call
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("columns", [4099, 8340])  # more than are expanded at a time; as seeds: groups of 128 and of 32
+def test_a_row_is_the_same_bits_in_any_batch(sanitized_program, kind, columns):
+    weight, scales = make_weight(kind, 35, columns, seed=columns)
+    x = torch.randn(130, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+    sizes = [130, 65, 33, 17, 16, 4, 3, 1]
+    calls = [make_call(AMX, kind, weight, scales, x[-m:], None) for m in sizes]
+    _, products = replay([sanitized_program], sanitized_program.parent, calls)
+    assert is_sum(products[0], kind, weight, scales, x, None)
+    for m, y in zip(sizes, products, strict=True):
+        assert torch.equal(y, products[0][-m:]), m
