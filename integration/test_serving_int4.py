@@ -33,6 +33,14 @@ def save(directory, scheme):
     return directory / "int4"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def activations_stay():
+    """With AMX vLLM quantizes activations too, and then refuses some shapes; without, it never does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_INT4_W4A8", "0")
+        yield
+
+
 @pytest.fixture(scope="module")
 def int4(tmp_path_factory):
     """Llama in groups of 32, half of its weights zero, as stock vLLM reads it."""
@@ -61,6 +69,16 @@ def test_whole_rows_are_served_as_vllm_serves_them_compiled(tmp_path):
     assert_same(dense(directory, **compiled), serve(directory, **compiled), kernel("W4A16"))
 
 
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="vLLM quantizes activations with AMX alone")
+def test_activations_are_quantized_where_vllm_quantizes_them(int4, by_vllm, caplog):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_INT4_W4A8", "1")
+        quantized = serve(int4)
+        assert_same(dense(int4), quantized, kernel("W4A16"))
+    assert "(W4A8: " in caplog.text
+    assert quantized != by_vllm
+
+
 def test_a_fault_is_more_than_rounding(int4, by_vllm, tmp_path):
     def swap_words(tensors):
         words = tensors["model.layers.0.self_attn.o_proj.weight_packed"]
@@ -74,7 +92,7 @@ def test_two_ranks_serve_their_shares_and_name_bits_and_kernel(int4, by_vllm):
     prompts = [" ".join(f"t{token}" for token in prompt) for prompt in PROMPTS]
     served = {}
     for ranks in (1, 2):
-        result, served[ranks] = serve_once(int4, prompts, "--tp", str(ranks))
+        result, served[ranks] = serve_once(int4, prompts, "--tp", str(ranks), VLLM_CPU_INT4_W4A8="0")
         assert result.returncode == 0, result.stderr[-3000:]
         line = f"sparse layers run on the {kernel('W4A16')} kernel (W4A16: "
         assert (result.stdout + result.stderr).count(line) == ranks  # once per process

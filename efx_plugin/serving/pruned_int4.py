@@ -8,6 +8,7 @@ import re
 
 import torch
 from torch import Tensor
+from vllm import envs
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
@@ -44,6 +45,14 @@ def sparse_if_pruned(scheme: CompressedTensorsScheme | None) -> CompressedTensor
     )
 
 
+def quantizes_activations(dtype: torch.dtype) -> bool:
+    """Whether vLLM multiplies weights of four bits with activations of 8 on this CPU, and so do we.
+
+    It does with AMX, where that is the faster arithmetic, unless VLLM_CPU_INT4_W4A8 is 0.
+    """
+    return envs.VLLM_CPU_INT4_W4A8 and dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+
+
 class SparseW4A16(CompressedTensorsWNA16):
     """Packs a layer sparse where it has zeros enough and a sparse kernel takes it, and is vLLM's scheme otherwise."""
 
@@ -59,7 +68,12 @@ class SparseW4A16(CompressedTensorsWNA16):
             logger.info_once("efx-plugin: %s are served dense: %s.", name, reason, scope="process")
             super().process_weights_after_loading(layer)
             return
-        layer.packed_weight = pack(weight, scales=scales, dtype=layer.params_dtype)
+        layer.packed_weight = pack(
+            weight,
+            scales=scales,
+            dtype=layer.params_dtype,
+            quantize_activations=quantizes_activations(layer.params_dtype),
+        )
         for name in ("weight_scale", "weight_shape"):
             delattr(layer, name)
         # vLLM's LoRA layers ask this one for its device.
