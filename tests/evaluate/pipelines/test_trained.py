@@ -17,7 +17,7 @@ from efx_plugin.evaluate.pipelines.registry import PIPELINES
 from efx_plugin.model.adapters import effective_weight
 from tests.support.pipeline_task import run, tiny_task
 
-NAMES = ["wanda+masked-lora", "sparsegpt+masked-lora", "published", "as-released", "expert", "expert+heal"]
+NAMES = ["wanda+masked-lora", "sparsegpt+masked-lora", "published", "as-released", "expert"]
 RATES = {"learning_rates": [1e-2], "batch_size": 2}
 
 
@@ -45,7 +45,7 @@ def test_training_helps(task, results, name):
     assert training.validation_loss(results[name].model, task.validation) < base - 0.1
 
 
-@pytest.mark.parametrize("name", ["wanda+masked-lora", "as-released", "expert", "expert+heal"])
+@pytest.mark.parametrize("name", ["wanda+masked-lora", "as-released", "expert"])
 def test_a_structure_is_kept(task, name):
     result = run(task, name, mask_structure="2:4", arguments=RATES)
     for layer in linears_in_blocks(result.model):
