@@ -196,7 +196,6 @@ struct Linear {
     // Rows of activations that are converted, and multiplied with a block, at once: each block reads them all, so that they
     // had better stay in a cache of a few MB.
     static constexpr int64_t kBytesAtOnce = 4 << 20, kLeastRowsAtOnce = 64, kMostRowsAtOnce = 512;
-    static constexpr int64_t kAhead = 4096;            // bytes of values to prefetch ahead
     static constexpr int64_t kMostTotals = 32;         // of the blocks that are multiplied at once
 
     struct Stream {
@@ -251,6 +250,8 @@ struct Linear {
         spans.end = next < spans.last ? next : spans.last;
     }
 
+    // Values are prefetched kAhead bytes ahead.
+    template <int64_t kAhead = 2048>
     EFX_INLINE static inline void next_group(Stream& stream, int64_t group, Vector* vectors) {
         const Mask mask = stream.masks[group];
         Dot::expand(mask, stream.values, vectors);

@@ -32,6 +32,7 @@ struct Tiled {
     static constexpr int kFull = 16 / Dot::kVectors;  // groups that fill a tile
     static constexpr int64_t kTileBytes = 1024;
     static constexpr int64_t kChunk = 128;  // steps expanded at a time for several tiles of activations
+    static constexpr int64_t kAhead = 4096;  // bytes of values
     // Activations of a chunk that are multiplied with a block at once, which stay in the second-level cache.
     static constexpr int64_t kBytesAtOnce = 1 << 20, kMostRowsAtOnce = 1024;
 
@@ -89,12 +90,14 @@ struct Tiled {
     EFX_INLINE static inline void expand(Stream& stream, const Shared& shared, int64_t step, Vector* to) {
         const int64_t groups = shared.weight().header->groups, n = shared.steps.groups, begin = step * n;
         if (n == kFull && begin + n <= groups) {
-            unroll<kFull>([&](auto i) EFX_INLINE { Sparse::next_group(stream, begin + i, to + i * Dot::kVectors); });
+            unroll<kFull>([&](auto i) EFX_INLINE {
+                Sparse::template next_group<kAhead>(stream, begin + i, to + i * Dot::kVectors);
+            });
             return;
         }
         for (int64_t i = 0; i < n; i++, to += Dot::kVectors) {
             if (begin + i < groups) {
-                Sparse::next_group(stream, begin + i, to);
+                Sparse::template next_group<kAhead>(stream, begin + i, to);
             } else {
                 for (int v = 0; v < Dot::kVectors; v++) to[v] = Vector{};
             }
