@@ -68,15 +68,32 @@ def main() -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="the folder of SparAMX")
     parser.add_argument("--shape", type=shape, default=(4096, 4096), help="OUTxIN of the weight")
     given = parser.parse_args()
-    case = Case(*given.shape, 0.5, "unstructured", "bf16")
+    try:
+        bench(given.directory, given.shape)
+    except EfxError as error:
+        sys.exit(f"error: {error}")
+
+
+def bench(directory: Path, size: tuple[int, int]) -> None:
+    """Measure, print, and write build/bench/sparamx.json.
+
+    Args:
+        directory: the folder of SparAMX.
+        size: of the weight, [out, in].
+
+    Raises:
+        EfxError: the folder is not that of SparAMX, or a kernel computes something else than oneDNN.
+    """
+    amx, avx512 = (build(directory, kernel) for kernel in LAYERS)
+    case = Case(*size, 0.5, "unstructured", "bf16")
     weight = make_weight(case)
     count = copies(weight, WORKING_SET)
     ours = [pack(weight) for _ in range(count)]
     products: dict[str, list[Callable[[Tensor], Tensor]]] = {
         "oneDNN, dense": dense.Layers("bf16", weight, count).linears,
         "ours": [lambda x, one=one: sparse_linear(x, one) for one in ours],
-        "SparAMX, AMX": rival(build(given.directory, "sparse_linear"), weight, count),
-        "SparAMX, AVX-512": rival(build(given.directory, "avx_sparse_linear"), weight, count),
+        "SparAMX, AMX": rival(amx, weight, count),
+        "SparAMX, AVX-512": rival(avx512, weight, count),
     }
     console = Console()
     console.print(f"{cpu_name()}, {torch.get_num_threads()} threads; ours: {kernel_summary(ours[0])}", highlight=False)
@@ -86,7 +103,7 @@ def main() -> None:
         found = [record for record in records if record["name"] == name]
         figures = (f"{record['ratio']:.2f}" for record in found)
         middle = median(record["spread"] for record in found)
-        table.add_row(name, "{}x{}".format(*given.shape), *figures, f"{middle:.2f}")
+        table.add_row(name, "{}x{}".format(*size), *figures, f"{middle:.2f}")
     console.print(table)
     write_json(OUTPUT / "sparamx.json", records)
 

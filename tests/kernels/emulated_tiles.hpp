@@ -8,12 +8,6 @@
 
 namespace {
 
-struct alignas(64) TileShapes {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
 struct Tiles {
     TileShapes shapes;
     uint8_t bytes[8][16][64];

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from efx_plugin.kernels import groups
+from efx_plugin.kernels import groups, registry
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "efx_plugin" / "kernels" / "native"
@@ -22,7 +22,6 @@ FIELDS = ("isa", "kind", "type", "rows", "columns", "m", "span", "scale_type", "
 
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 AVX512_BF16 = [*AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni", "-mavx512bf16"]
-
 
 Call = tuple[dict[str, int], list[torch.Tensor | None]]  # as `make_call` gives it
 
@@ -143,6 +142,17 @@ def is_sum(y, kind, weight, scales, x, bias) -> bool:
     """Whether y is the rounding of a sum in float32."""
     exact, error = expected(kind, weight, None if scales is None else scales.float(), x, bias)
     return bool((((exact - error).to(y.dtype) <= y) & (y <= (exact + error).to(y.dtype))).all())
+
+
+def assert_right(calls: list[Call], lines: list[str], products: list[torch.Tensor]) -> None:
+    """What was replayed are roundings of sums in float32, of weights packed as on this processor."""
+    portable = registry.find("portable")
+    for (call, arrays), line, y in zip(calls, lines, products, strict=True):
+        kind = KINDS[call["kind"]]
+        assert is_sum(y, kind, *arrays), (call, line)
+        weight, scales, _, _ = arrays
+        (packed,) = portable.pack(weight, None if scales is None else scales.float(), kind.endswith("dynamic"))
+        assert line == f"{packed.numel()} 0 0 {digest(bytes_of(packed) + bytes_of(y))}", call
 
 
 def make_call(isa: int, kind: str, weight, scales, x, bias) -> Call:

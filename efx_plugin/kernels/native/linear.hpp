@@ -301,15 +301,21 @@ struct Linear {
     static void direct_share(const efx::Weight& weight, const Element* x, int64_t begin, int64_t end,
                              const Result<Dot>& result, Total* totals) {
         constexpr int kBlocks = Dot::blocks(M);
+        far_apart<kBlocks>(begin, end, [&](int64_t block, int64_t stride) {
+            direct<M, kBlocks>(weight, x, block, stride, result, totals);
+        });
+    }
+
+    // product(block, stride) for blocks from `begin` to `end`, each for kBlocks of them that are `stride` blocks apart.
+    template <int kBlocks, class F>
+    static void far_apart(int64_t begin, int64_t end, F&& product) {
         const int64_t stride = (end - begin) / kBlocks;
-        for (int64_t i = 0; i < stride; i++) direct<M, kBlocks>(weight, x, begin + i, stride, result, totals);
+        for (int64_t i = 0; i < stride; i++) product(begin + i, stride);
         if (stride * kBlocks == end - begin) return;
         if (stride) {  // some blocks once more: one function for all of them compiles in half the time of two
-            direct<M, kBlocks>(weight, x, end - kBlocks, 1, result, totals);
+            product(end - kBlocks, 1);
         } else {
-            for (int64_t block = begin; block < end; block++) {
-                direct<M, kBlocks>(weight, x, block, 0, result, totals);
-            }
+            for (int64_t block = begin; block < end; block++) product(block, 0);
         }
     }
 

@@ -6,17 +6,22 @@
 #include <cstdint>
 #include <type_traits>
 
-#ifdef EFX_EMULATE_TILES
-#include EFX_EMULATE_TILES
-#else
-
 namespace {
 
+// What `tile_configure` takes.
 struct alignas(64) TileShapes {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
     uint8_t rows[16] = {};
 };
+
+}  // namespace
+
+#ifdef EFX_EMULATE_TILES
+#include EFX_EMULATE_TILES
+#else
+
+namespace {
 
 inline void tile_configure(const TileShapes& shapes) { asm volatile("ldtilecfg %0" ::"m"(shapes)); }
 inline void tile_release() { asm volatile("tilerelease"); }

@@ -27,6 +27,12 @@ inline __m512i broadcast(const void* four_bytes) {
     return _mm512_set1_epi32(bits);
 }
 
+// 16 bfloat16 as floats.
+EFX_INLINE inline __m512 load_bf16(const uint16_t* from) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
 struct Int8Weight {
     using Mask = uint64_t;
     using Value = int8_t;
@@ -74,9 +80,8 @@ struct Int4Weight {
     static constexpr int kColumns = 4, kTile = 16;
 
     EFX_INLINE static inline __m512 load_scales(const uint16_t* scales, bool is_fp16) {
-        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales));
-        if (is_fp16) return _mm512_cvtph_ps(halves);
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+        if (!is_fp16) return load_bf16(scales);
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
     }
     EFX_INLINE static inline void store(float* floats, __m512 total) { _mm512_store_ps(floats, total); }
 };
