@@ -72,8 +72,8 @@ class Budget:
     questions: int
 
 
-QUICK = Budget(("smollm2",), (".5",), 1, (1e-3, 3e-3), 32, 256, 15_000, 2_048, 16)
-FULL = Budget(tuple(MODELS), (".4", ".5", ".6", ".7", "2:4"), 3, (3e-4, 1e-3, 3e-3), 128, 512, 100_000, 50_000, 400)
+QUICK = Budget(("smollm2",), (".5",), 1, (3e-3, 6e-3), 32, 256, 15_000, 2_048, 16)
+FULL = Budget(tuple(MODELS), (".4", ".5", ".6", ".7", "2:4"), 3, (1e-3, 3e-3, 6e-3), 128, 512, 100_000, 50_000, 400)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
