@@ -8,13 +8,15 @@ divergence of the model's next-token distribution from the teacher's.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from compressed_tensors.offload import remove_dispatch
 from loguru import logger
 from torch import Tensor, nn
 from transformers import (
@@ -100,37 +102,38 @@ def heal(
     Raises:
         EfxError: no linear layer of the decoder blocks has zeros, or the memory does not suffice.
     """
-    layers = {layer.name: layer for layer in linears_in_blocks(model)}
-    masks = {name: layer.base.weight.detach() != 0 for name, layer in layers.items()}
-    masks = {name: keep for name, keep in masks.items() if not keep.all()}
-    if not masks:
-        raise EfxError("no linear layer of the decoder blocks has zeros: prune the model first, with efx prune")
-    if torch.accelerator.is_available():
-        inner: nn.Module = model
-        inner.to(torch.accelerator.current_accelerator())
-    with computed_in(model, choose_for(model).dtype):
-        before = validation_loss(model, validation)
-    dtypes = _make_trainable(model, [layers[name] for name in masks])
-    trainer = _Trainer(
-        teacher,
-        model=model,
-        callbacks=[UnderMasks(masks)],
-        **once_over(
-            training,
-            folder,
-            learning_rate,
-            batch_size,
-            seed,
-            save_strategy="steps",
-            save_steps=math.ceil(len(training) / batch_size / _CHECKPOINTS),
-            save_total_limit=1,
-        ),
-    )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
-    model.requires_grad_(False)
-    restore(model, dtypes)
-    with computed_in(model, choose_for(model).dtype):
-        after = validation_loss(model, validation)
+    with _without_oneshot(model):
+        layers = {layer.name: layer for layer in linears_in_blocks(model)}
+        masks = {name: layer.base.weight.detach() != 0 for name, layer in layers.items()}
+        masks = {name: keep for name, keep in masks.items() if not keep.all()}
+        if not masks:
+            raise EfxError("no linear layer of the decoder blocks has zeros: prune the model first, with efx prune")
+        if torch.accelerator.is_available():
+            inner: nn.Module = model
+            inner.to(torch.accelerator.current_accelerator())
+        with computed_in(model, choose_for(model).dtype):
+            before = validation_loss(model, validation)
+        dtypes = _make_trainable(model, [layers[name] for name in masks])
+        trainer = _Trainer(
+            teacher,
+            model=model,
+            callbacks=[UnderMasks(masks)],
+            **once_over(
+                training,
+                folder,
+                learning_rate,
+                batch_size,
+                seed,
+                save_strategy="steps",
+                save_steps=math.ceil(len(training) / batch_size / _CHECKPOINTS),
+                save_total_limit=1,
+            ),
+        )
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+        model.requires_grad_(False)
+        restore(model, dtypes)
+        with computed_in(model, choose_for(model).dtype):
+            after = validation_loss(model, validation)
     return Healed(training.numel(), _perplexity(before), _perplexity(after))
 
 
@@ -209,6 +212,19 @@ def validation_loss(model: PreTrainedModel, sequences: Tensor) -> float:
         total += float(model(input_ids=sequence, labels=sequence, use_cache=False).loss)
     mean = total / len(sequences)
     return mean if math.isfinite(mean) else math.inf
+
+
+@contextmanager
+def _without_oneshot(model: PreTrainedModel) -> Iterator[None]:
+    """The model without what llm-compressor's oneshot leaves on it: its modules are offloaded, which masks cannot be
+    installed on, and its `save_pretrained`, by which the Trainer stores checkpoints, offloads them again."""
+    remove_dispatch(model)
+    saving = vars(model).pop("save_pretrained", None)
+    try:
+        yield
+    finally:
+        if saving is not None:
+            vars(model)["save_pretrained"] = saving
 
 
 def _make_trainable(model: PreTrainedModel, layers: list[LinearLayer]) -> dict[str, torch.dtype]:
