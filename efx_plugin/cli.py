@@ -20,7 +20,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from efx_plugin import __version__, failures
-from efx_plugin.compress.request import HealRequest
+from efx_plugin.compress.request import HealRequest, QuantizeRequest
 from efx_plugin.errors import EfxError, UsageError
 from efx_plugin.evaluate.pipelines.registry import PIPELINES
 from efx_plugin.recipe_files import builtin_recipes
@@ -227,6 +227,57 @@ def heal(
         from efx_plugin.compress.heal import heal_to_checkpoint
 
         report = heal_to_checkpoint(request)
+    _show(report | {"seconds": time.monotonic() - started}, as_json, quiet)
+
+
+@app.command()
+def quantize(
+    model: Annotated[Path, typer.Argument(help="Directory of a sparse model, as `efx prune` or `efx heal` writes it.")],
+    output: Annotated[Path, typer.Argument(help="Directory to write; must not exist yet.")],
+    dataset: Annotated[
+        str, typer.Option(metavar="FILE|NAME", help="Calibration text of the domain, as `efx prune` takes it.")
+    ],
+    quantization: Annotated[str, typer.Option(metavar="SCHEME", help="W8A8, W8A16 or W4A16.")],
+    text_field: Annotated[str | None, typer.Option(help="The field of the data that holds the text.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = QuantizeRequest.samples,
+    length: Annotated[int, typer.Option(help="Tokens per calibration sequence.", min=2)] = QuantizeRequest.length,
+    compute_dtype: Annotated[
+        str, typer.Option(help="What to calibrate and quantize in, as `efx prune` takes it.")
+    ] = QuantizeRequest.compute_dtype,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Quantize the kept weights of a sparse model, after training or healing: its zeros stay.
+
+    Pruning and quantization in one pass is `efx prune --quantization`.
+
+    Example: efx quantize ./healed ./small --quantization W4A16 --dataset legal.jsonl
+    """
+    from efx_plugin.compress.recipe import quantizing_recipe
+
+    request = QuantizeRequest(
+        model,
+        output,
+        quantizing_recipe(quantization),
+        dataset,
+        text_field=text_field,
+        samples=samples,
+        length=length,
+        compute_dtype=compute_dtype,
+        progress=not quiet,
+    )
+    request = request.checked()
+    started = time.monotonic()
+    if quiet:  # before anything is imported that reads it
+        os.environ |= {"TQDM_DISABLE": "1", "LLM_COMPRESSOR_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
+    _choose_device(device)
+    # llm-compressor logs to the stdout it finds when it is imported; ours is for the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        from efx_plugin.compress.quantize import quantize_to_checkpoint
+
+        report = quantize_to_checkpoint(request)
     _show(report | {"seconds": time.monotonic() - started}, as_json, quiet)
 
 

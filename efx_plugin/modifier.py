@@ -1,6 +1,6 @@
 """EfficientXpertModifier: llm-compressor's life cycle onto the pruning engine."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier, ModifierFactory
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from loguru import logger
-from pydantic import PrivateAttr
+from pydantic import PrivateAttr, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -77,6 +77,8 @@ class EfficientXpertModifier(PruningArguments, Modifier):
             8-bit activations, a scale for each token), "W8A16" (8-bit weights, a scale for each row) or "W4A16" (4-bit
             weights, a scale for each 128 of a row; for 64 or 32 where 128 do not divide it). None leaves them as they
             are.
+        preserve_sparsity_mask: prune nothing anew, quantize a model that is sparse already, after training under a mask
+            perhaps: the zeros that its layers have stay, and the arguments that choose and repair are without effect.
 
     Attributes:
         report: after `oneshot`, what became of each layer.
@@ -84,6 +86,7 @@ class EfficientXpertModifier(PruningArguments, Modifier):
 
     requires_calibration_data: bool = True
     quantization: Quantization | None = None
+    preserve_sparsity_mask: bool = False
 
     _pruners: list[BlockPruner] = PrivateAttr(default_factory=list)
     _results: dict[str, list[PrunedLayer]] = PrivateAttr(default_factory=dict)
@@ -104,6 +107,15 @@ class EfficientXpertModifier(PruningArguments, Modifier):
     def uses_grams(self) -> bool:
         return super().uses_grams or self.quantization is not None
 
+    @model_validator(mode="after")
+    def _check_something_is_done(self) -> "EfficientXpertModifier":
+        if self.preserve_sparsity_mask and self.quantization is None:
+            raise EfxError(
+                "preserve_sparsity_mask leaves the pruned weights as they are, and nothing is quantized: set "
+                "quantization, or leave preserve_sparsity_mask out to prune"
+            )
+        return self
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         if state.data is None or state.data.calib is None:
             raise EfxError("EfficientXpertModifier needs calibration data: pass dataset=... to oneshot")
@@ -115,12 +127,18 @@ class EfficientXpertModifier(PruningArguments, Modifier):
         plans = plan_blocks(state.model, self, kwargs.get("sequential_targets"))
         self._layers = {layer.name: layer for plan in plans for layer in plan.layers}
         model: Any = inner_model(state.model)
-        fisher = self._measure_fisher(model, state.data.calib)
-        self._sparsities = layer_sparsities(list(self._layers.values()), self)
-        if self.allocation == "layer":
-            assert fisher is not None  # else it has been refused
-            self._sparsities = allocate_over_blocks(plans, self, fisher.sensitivities, fisher.energies)
-        self._dense = self._dense_stream(model, plans, state.data.calib)
+        arguments: PruningArguments = self
+        fisher = None
+        if self.preserve_sparsity_mask:
+            arguments = self.model_copy(update={"repair": "none"})
+            self._sparsities = _present_sparsities(self._layers)
+        else:
+            fisher = self._measure_fisher(model, state.data.calib)
+            self._sparsities = layer_sparsities(list(self._layers.values()), self)
+            if self.allocation == "layer":
+                assert fisher is not None  # else it has been refused
+                self._sparsities = allocate_over_blocks(plans, self, fisher.sensitivities, fisher.energies)
+            self._dense = self._dense_stream(model, plans, state.data.calib)
         grids = None
         if self.quantization is not None:
             grids = plan_grids(plans, self.quantization)
@@ -129,10 +147,11 @@ class EfficientXpertModifier(PruningArguments, Modifier):
             BlockPruner(
                 model,
                 plan,
-                self,
+                arguments,
                 sparsities=self._sparsities,
                 token_mask=self._token_mask,
                 sensitivities=None if fisher is None else fisher.sensitivities,
+                masks=_present_mask if self.preserve_sparsity_mask else None,
                 grids=grids,
                 dense=self._dense,
             )
@@ -203,7 +222,8 @@ class EfficientXpertModifier(PruningArguments, Modifier):
             )
         for pruner in ready:
             index = self._pruners.index(pruner) + 1
-            results = pruner.prune(progress=f"({index}/{len(self._pruners)}): Pruning {pruner.plan.name}")
+            work = "Quantizing" if self.preserve_sparsity_mask else "Pruning"
+            results = pruner.prune(progress=f"({index}/{len(self._pruners)}): {work} {pruner.plan.name}")
             self._results[pruner.plan.name] = results
             for layer in pruner.plan.layers:
                 if is_module_quantized(layer.base):
@@ -225,8 +245,9 @@ class EfficientXpertModifier(PruningArguments, Modifier):
             self._check_zeros(name, results)
         every = [result for results in self._results.values() for result in results]
         self._report = every
+        done = "quantized" if self.preserve_sparsity_mask else "pruned"
         logger.info(
-            f"EfficientXpertModifier pruned {len(every)} layers in {len(self._results)} blocks: {summary(every)}"
+            f"EfficientXpertModifier {done} {len(every)} layers in {len(self._results)} blocks: {summary(every)}"
         )
         self._pruners, self._layers, self._results, self._kept = [], {}, {}, {}
         self._dense = self._state = None
@@ -248,7 +269,7 @@ class EfficientXpertModifier(PruningArguments, Modifier):
                     f"{result.name} had {result.zeros} zeros after pruning and has {zeros[result.name]} now: no later "
                     "modifier of the recipe may write to pruned weights"
                 )
-            if zeros[result.name] == 0:
+            if zeros[result.name] == 0 and not self.preserve_sparsity_mask:
                 logger.warning(f"{result.name} lost no weight: every one of its scores is above the block's threshold")
         size = sum(result.size for result in results)
         achieved = sum(zeros.values()) / size
@@ -257,6 +278,26 @@ class EfficientXpertModifier(PruningArguments, Modifier):
         target = sum(self._sparsities[result.name] * result.size for result in results) / size
         if achieved < target - slack:
             raise EfxError(f"{block} has sparsity {achieved:.4f} after pruning, not {target:.4f}: check the log above")
+
+
+def _present_mask(layer: LinearLayer) -> Tensor:
+    return layer.base.weight != 0
+
+
+def _present_sparsities(layers: Mapping[str, LinearLayer]) -> dict[str, float]:
+    """The fraction of zeros in each layer.
+
+    Raises:
+        EfxError: no layer has any.
+    """
+    kept = {name: int(_present_mask(layer).sum()) for name, layer in layers.items()}
+    sizes = {name: layer.base.weight.numel() for name, layer in layers.items()}
+    if kept == sizes:
+        raise EfxError(
+            "preserve_sparsity_mask keeps the zeros of a sparse model and this one has none in its targets: prune it "
+            "first, or leave preserve_sparsity_mask out"
+        )
+    return {name: 1 - kept[name] / size for name, size in sizes.items()}
 
 
 def _warn_of_equal_data(batches: Iterable[dict[str, Tensor]]) -> None:

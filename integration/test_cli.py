@@ -16,7 +16,7 @@ import pytest
 import torch
 from loguru import logger
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import efx_plugin
 from efx_plugin.checkpoint import load_sparse, read_index, save_sparse
@@ -343,6 +343,20 @@ def test_quantizing_a_sparse_model_keeps_its_zeros(model, sparse, text, tmp_path
     assert_refused(efx_prune(model, tmp_path / "out", text, recipe), tmp_path / "out", "the model is dense")
 
 
+@pytest.mark.parametrize("scheme", ["W8A16", "W4A16"])
+def test_quantize_keeps_the_zeros_of_a_sparse_checkpoint(sparse, text, tmp_path, scheme):
+    expert = shutil.copytree(sparse, tmp_path / "expert")
+    tiny_tokenizer().save_pretrained(expert)
+    options = ["--dataset", text, "--quantization", scheme, "--samples", 4, "--length", 32, "--json"]
+    result = efx("quantize", expert, tmp_path / "small", *options)
+    assert result.returncode == 0, result.stderr
+    found, before = json.loads(result.stdout), json.loads(efx("inspect", expert, "--json").stdout)
+    assert found["sparsity"] >= before["sparsity"] > 0.4
+    assert len(found["layers"]) == 7 * AutoConfig.from_pretrained(expert).num_hidden_layers
+    options[3] = "W2"
+    assert_refused(efx("quantize", expert, tmp_path / "other", *options), tmp_path / "other", "W2 is none of", code=2)
+
+
 def test_quiet_says_nothing_but_errors(model, text, tmp_path):
     arguments = prune_arguments(model, tmp_path / "expert", text, RECIPES / "expert_50.yaml")
     result = efx_process(*arguments, "--quiet", "--device", "cpu")
@@ -486,7 +500,7 @@ def test_wrong_usage_exits_with_2(model, tmp_path):
 
 
 def test_help_shows_an_example_and_imports_no_torch():
-    for command in ("prune", "export", "inspect"):
+    for command in ("prune", "heal", "quantize", "export", "inspect"):
         result = efx(command, "--help")
         assert result.returncode == 0 and f"Example: efx {command}" in result.stdout
     listing = subprocess.run(

@@ -76,7 +76,7 @@ def preflight(request: PruneRequest) -> Prepared:
     stored = stored_dtype((tensor.dtype, math.prod(tensor.shape)) for tensor in sources.files.index.values())
     compute = choose_compute_dtype(*stored, request.compute_dtype)
     logger.info(compute.reason)
-    _leave_alone(recipe, linears_outside_blocks(sources.skeleton))
+    leave_alone(recipe, linears_outside_blocks(sources.skeleton))
     refuse_full(request.output, _least_bytes(sources, recipe))
     rehearse_experts(sources.skeleton)
     warn_of_unprunable(sources.skeleton)
@@ -111,7 +111,7 @@ def _check_structure(structure: str, recipe: Recipe) -> None:
         )
 
 
-def _leave_alone(recipe: Recipe, layers: list[str]) -> None:
+def leave_alone(recipe: Recipe, layers: list[str]) -> None:
     """Have every modifier ignore these layers, which lie outside the decoder blocks."""
     if layers:
         logger.info(f"{len(layers)} linear layers outside the decoder blocks stay as they are, such as {layers[0]}")

@@ -8,6 +8,7 @@ import datasets
 import torch
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import repack_moe
+from llmcompressor.recipe import Recipe
 from loguru import logger
 from peft import PeftModel
 from torch import nn
@@ -74,13 +75,17 @@ def prune_to_checkpoint(request: PruneRequest) -> dict[str, Any]:
         metadata=metadata,
         progress=request.progress,
     )
-    layers = [
+    return {"output": str(request.output), **sizes(request.output), "layers": layers_of(recipe)}
+
+
+def layers_of(recipe: Recipe) -> list[dict[str, Any]]:
+    """What became of each layer of the EfficientXpertModifiers of a recipe, once it was carried out."""
+    return [
         asdict(layer) | {"sparsity": layer.sparsity}
         for modifier in recipe.modifiers
         if isinstance(modifier, EfficientXpertModifier)
         for layer in modifier.report
     ]
-    return {"output": str(request.output), **sizes(request.output), "layers": layers}
 
 
 def _say_time(network: nn.Module, calibration: datasets.Dataset, passes: int) -> None:

@@ -91,7 +91,7 @@ def default_recipe(
     """
     from pydantic import ValidationError
 
-    from efx_plugin.engine.arguments import PruningArguments, Quantization
+    from efx_plugin.engine.arguments import PruningArguments
 
     structure = _DEFAULT_STRUCTURE if mask_structure is None else mask_structure
     if sparsity is None:
@@ -104,20 +104,35 @@ def default_recipe(
         raise UsageError(f"--sparsity and --mask-structure: {error}") from error
     except ValidationError as error:
         raise UsageError(f"--mask-structure {structure} is not of the form N:M, such as 2:4") from error
-    if quantization not in (None, *get_args(Quantization)):
-        raise UsageError(f"--quantization {quantization} is none of {', '.join(get_args(Quantization))}")
-    text = (
-        "prune_stage:\n"
-        "  pruning_modifiers:\n"
-        "    EfficientXpertModifier:\n"
-        f"      sparsity: {sparsity!r}\n"
-        f'      mask_structure: "{structure}"\n'
-        '      targets: ["Linear"]\n'
-        '      ignore: ["lm_head"]\n'
-    )
+    arguments = {"sparsity": f"{sparsity!r}", "mask_structure": f'"{structure}"'}
     if quantization is not None:
-        text += f'      quantization: "{quantization}"\n'
-    label = "the default recipe"
+        arguments |= _quantization(quantization)
+    return _of_modifier("the default recipe", "prune", arguments)
+
+
+def quantizing_recipe(quantization: str) -> RecipeText:
+    """The recipe that quantizes a sparse model and prunes nothing anew.
+
+    Raises:
+        UsageError: there is no such quantization.
+    """
+    arguments = {"preserve_sparsity_mask": "true", **_quantization(quantization)}
+    return _of_modifier("the recipe of efx quantize", "quantize", arguments)
+
+
+def _quantization(named: str) -> dict[str, str]:
+    from efx_plugin.engine.arguments import Quantization
+
+    if named not in get_args(Quantization):
+        raise UsageError(f"--quantization {named} is none of {', '.join(get_args(Quantization))}")
+    return {"quantization": f'"{named}"'}
+
+
+def _of_modifier(label: str, work: str, arguments: dict[str, str]) -> RecipeText:
+    """`EfficientXpertModifier` with arguments in YAML, on every linear layer but the output layer."""
+    arguments = {**arguments, "targets": '["Linear"]', "ignore": '["lm_head"]'}
+    text = f"{work}_stage:\n  pruning_modifiers:\n    EfficientXpertModifier:\n"
+    text += "".join(f"      {name}: {value}\n" for name, value in arguments.items())
     return RecipeText(label, text, _parse(text, label))
 
 

@@ -1,4 +1,4 @@
-"""What a user asked `efx prune` or `efx heal` for, and what of it can be refused at once. No torch here."""
+"""What a user asked `efx prune`, `heal` or `quantize` for, and what of it can be refused at once. No torch here."""
 
 import difflib
 import re
@@ -120,6 +120,43 @@ class HealRequest:
             teacher=None if self.teacher is None else find_directory(self.teacher, "a model"),
             adapter=None if self.adapter is None else find_directory(self.adapter, "an adapter"),
         )
+
+
+@dataclass(frozen=True)
+class QuantizeRequest:
+    """Everything that decides what `efx quantize` does.
+
+    Attributes:
+        model: directory of a sparse checkpoint with its tokenizer.
+        output: directory to write; it must not exist.
+        recipe: see `quantizing_recipe`.
+        dataset, text_field, samples, length, compute_dtype, progress: see `PruneRequest`.
+    """
+
+    model: Path
+    output: Path
+    recipe: RecipeText
+    dataset: str
+    text_field: str | None = None
+    samples: int = 128
+    length: int = 512
+    compute_dtype: str = "auto"
+    progress: bool = True
+
+    @property
+    def dataset_name(self) -> str:
+        """See `PruneRequest.dataset_name`."""
+        return _public(self.dataset)
+
+    def checked(self) -> "QuantizeRequest":
+        """The same request, once everything that it names is found on this machine.
+
+        Raises:
+            UsageError: one of the inputs is not there, or is of no kind that can be read.
+            EfxError: the output exists already or cannot be created.
+        """
+        _refuse(self.output, self.dataset)
+        return replace(self, model=find_directory(self.model, "a sparse model"))
 
 
 def _refuse(output: Path, dataset: str) -> None:

@@ -33,6 +33,8 @@ from efx_plugin.model.hooks import RegisterHook, TokenMask, every_token
 
 # Stores a decision in the model.
 Store = Callable[[LinearLayer, Decision], None]
+# The mask of a layer, bool [out, in], True where a weight is kept.
+MaskOf = Callable[[LinearLayer], Tensor]
 
 
 def store_in_base(layer: LinearLayer, decision: Decision) -> None:
@@ -54,7 +56,7 @@ class BlockPruner:
         sensitivities: c, fp32 [out], by name of the layer where they were measured beforehand, as "fisher" is; None
             measures them here, and "fisher" then falls back to "block".
         running: running scores to average the new ones into, kept by the caller; None takes the new scores alone.
-        masks: bool [out, in] by name of the layer, where the masks are decided already; None decides on them here.
+        masks: the masks where they are decided already; None decides on them here.
         grids: by name of the layer what its weights are quantized to; None quantizes none.
         dense: the dense model's hidden states, where the repair wants its outputs; None takes the targets of the
             repair from the inputs that reach the block.
@@ -70,7 +72,7 @@ class BlockPruner:
         token_mask: TokenMask = every_token,
         sensitivities: Mapping[str, Tensor] | None = None,
         running: RunningScores | None = None,
-        masks: Mapping[str, Tensor] | None = None,
+        masks: MaskOf | None = None,
         grids: Mapping[str, Grid] | None = None,
         dense: DenseStream | None = None,
     ):
@@ -133,7 +135,7 @@ class BlockPruner:
         """Masks, where matrices compete for every entry, and sparsities, where they may compete for their shares."""
         arguments, masks, sparsities = self.arguments, dict[str, Tensor](), dict(self._sparsities)
         if self._masks is not None:
-            return {layer.name: self._masks[layer.name].to(layer.base.weight.device) for layer in self.plan.layers}, {}
+            return {layer.name: self._masks(layer).to(layer.base.weight.device) for layer in self.plan.layers}, {}
         by_entry = arguments.comparison_group == "block"
         if arguments.n_of_m is not None or (arguments.allocation == "uniform" and not by_entry):
             return masks, sparsities

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from efx_plugin.engine.arguments import PruningArguments
-from efx_plugin.engine.block_pruner import BlockPruner, Store
+from efx_plugin.engine.block_pruner import BlockPruner, MaskOf, Store
 from efx_plugin.engine.blocks import PlannedBlock, decoder_blocks
 from efx_plugin.engine.decide import RunningScores
 from efx_plugin.engine.dense_stream import DenseStream
@@ -60,7 +60,7 @@ def prune_in_sequence(
     sparsities: Mapping[str, float] | None = None,
     sensitivities: Mapping[str, Tensor] | None = None,
     running: RunningScores | None = None,
-    masks: Mapping[str, Tensor] | None = None,
+    masks: MaskOf | None = None,
     progress: str | None = None,
 ) -> list[PrunedLayer]:
     """Calibrate, prune and repair every planned block, in order.

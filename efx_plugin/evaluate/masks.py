@@ -111,7 +111,7 @@ def repaired(task: PipelineTask, masks: Masks) -> PreTrainedModel:
         arguments,
         draft.batches(),
         store=store_in_base,
-        masks=masks,
+        masks=lambda layer: masks[layer.name],
     )
     return draft.round()
 
