@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from loguru import logger
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
 
 from efx_plugin.checkpoint import load_sparse, read_sparsity_config, save_sparse
 from efx_plugin.checkpoint.quantized import of_config
@@ -73,16 +76,17 @@ def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
     teacher = None if request.teacher is None else _teacher(request.teacher, request.adapter, model)
     refuse_full(request.output, 2 * _BYTES * model.num_parameters())  # the last goes when the next is complete
     folder = _working_folder(request)
-    healed = heal(
-        model,
-        ids[:-held_out],
-        ids[-held_out:],
-        learning_rate=request.learning_rate,
-        batch_size=request.batch_size,
-        folder=folder,
-        seed=request.seed,
-        teacher=teacher,
-    )
+    with _removed_without_checkpoint(folder):
+        healed = heal(
+            model,
+            ids[:-held_out],
+            ids[-held_out:],
+            learning_rate=request.learning_rate,
+            batch_size=request.batch_size,
+            folder=folder,
+            seed=request.seed,
+            teacher=teacher,
+        )
     if not healed.after < healed.before:
         shutil.rmtree(folder)
         raise EfxError(
@@ -138,6 +142,17 @@ def _working_folder(request: HealRequest) -> Path:
     folder.mkdir(parents=True)
     (folder / _REQUEST).write_text(json.dumps(key))
     return folder
+
+
+@contextmanager
+def _removed_without_checkpoint(folder: Path) -> Iterator[None]:
+    """Remove the folder of a run that fails before it has stored anything to go on from."""
+    try:
+        yield
+    except BaseException:
+        if get_last_checkpoint(str(folder)) is None:
+            shutil.rmtree(folder)
+        raise
 
 
 def _key(request: HealRequest) -> dict[str, Any]:

@@ -95,6 +95,14 @@ def test_a_run_that_was_interrupted_ends_with_the_same_weights(request_to_heal, 
     assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
 
 
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing(request_to_heal, tmp_path, monkeypatch):
+    monkeypatch.setattr(healing, "free_memory", lambda: 10)
+    failing = replace(request_to_heal, output=tmp_path / "healed")
+    with pytest.raises(EfxError, match=r"takes .* GB are free: heal on a larger machine"):
+        heal_to_checkpoint(failing)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_teacher_draws_the_model_to_what_it_predicts(request_to_heal, report, tmp_path):
     teacher = tiny_llama()
     with torch.no_grad():
