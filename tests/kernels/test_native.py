@@ -190,12 +190,12 @@ def test_half_the_weights_take_a_little_more_than_half_the_bytes(isa):
         assert ((exact - error).bfloat16() <= y).all() and (y <= (exact + error).bfloat16()).all()
 
 
-@pytest.mark.parametrize("size", [64, 128])
-def test_four_bits_and_half_the_weights_take_a_fifth_of_the_bytes_of_bf16(size):
+@pytest.mark.parametrize(("size", "share"), [(64, 0.2055), (128, 0.198)])
+def test_four_bits_and_half_the_weights_take_a_fifth_of_the_bytes_of_bf16(size, share):
     weight = torch.randint(1, 8, (4096, 4096), dtype=torch.int8)
     weight[torch.rand(4096, 4096) < 0.5] = 0
     (buffer,) = pack(ISAS[0], "int4", weight, torch.ones(4096, 4096 // size))
-    assert buffer.nbytes <= 0.205 * 2 * weight.numel()
+    assert buffer.nbytes <= share * 2 * weight.numel()
 
 
 @every_isa

@@ -161,7 +161,7 @@ class NativeKernel:
         masks = buffer[masks_at : masks_at + blocks * groups * _BLOCK * width // 8]
         kept = (masks[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten()
         values = buffer[values_at : values_at + count * dtype.itemsize]
-        values = _nibbles(values, kept.view(blocks, -1).sum(1)) if is_int4 else values.view(dtype)
+        values = _nibbles(values, kept.view(blocks * groups, -1).sum(1)) if is_int4 else values.view(dtype)
         dense = torch.zeros(kept.shape, dtype=dtype).masked_scatter_(kept, values)
         dense = dense.view(blocks, groups, _BLOCK, width).transpose(1, 2)
         if is_int4:
@@ -198,7 +198,7 @@ def _scale_type(scales: Tensor) -> int | None:
 
 
 def _nibbles(values: Tensor, counts: Tensor) -> Tensor:
-    """The int8 in blocks of `counts` nibbles, each block in whole bytes."""
+    """The int8 in groups of `counts` nibbles, each group in whole bytes."""
     nibbles = torch.stack([values & 15, values >> 4], 1).flatten()
     is_value = torch.ones(len(nibbles), dtype=torch.bool)
     ends = 2 * ((counts + 1) // 2).cumsum(0)

@@ -76,16 +76,13 @@ void pack_vectors(const efx::Dense& dense, const efx::Header& header, int64_t bl
 
 void pack_vector_nibbles(const efx::Dense& dense, const efx::Header& header, int64_t block, uint64_t* masks,
                          uint8_t* values) {
-    int8_t bytes[1 + 64];  // a group's, behind one that may be left of those before
-    int64_t count = 0;
     each_group<int8_t>(dense, header, block, [&](int64_t i, __m512i group) {
-        masks[i] = Packer::compress(reorder(group), bytes + count);
-        count += __builtin_popcountll(masks[i]);
-        for (int64_t k = 0; k + 1 < count; k += 2) *values++ = (bytes[k] & 15) | (bytes[k + 1] & 15) << 4;
-        if (count % 2) bytes[0] = bytes[count - 1];
-        count %= 2;
+        int8_t bytes[64 + 1];
+        masks[i] = Packer::compress(reorder(group), bytes);
+        const int count = __builtin_popcountll(masks[i]);
+        bytes[count] = 0;
+        for (int k = 0; k < count; k += 2) *values++ = (bytes[k] & 15) | (bytes[k + 1] & 15) << 4;
     });
-    if (count) *values = bytes[0] & 15;
 }
 
 void pack_vector_block(const efx::Dense& dense, const efx::Header& header, int64_t block, void* masks, void* values,

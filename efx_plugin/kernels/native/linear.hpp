@@ -108,6 +108,13 @@ struct Nibbles {
     void operator+=(int n) { next += n; }
 };
 
+// To the next group, behind n values.
+template <class Value>
+EFX_INLINE inline void skip(const Value*& values, int n) {
+    values += n;
+}
+EFX_INLINE inline void skip(Nibbles& values, int n) { values.bytes += (n + 1) / 2; }
+
 inline const char* address(const void* values) { return static_cast<const char*>(values); }
 inline const char* address(const Nibbles& values) { return reinterpret_cast<const char*>(values.at()); }
 
@@ -256,7 +263,7 @@ struct Linear {
         const Mask mask = stream.masks[group];
         Dot::expand(mask, stream.values, vectors);
         __builtin_prefetch(address(stream.values) + kAhead);
-        stream.values += sizeof(Mask) == 4 ? __builtin_popcount(mask) : __builtin_popcountll(mask);
+        skip(stream.values, sizeof(Mask) == 4 ? __builtin_popcount(mask) : __builtin_popcountll(mask));
         if (group % 8 == 0) {
             __builtin_prefetch(reinterpret_cast<const char*>(stream.masks + group) + kAhead / 4);
         }

@@ -24,10 +24,27 @@ int64_t count_nonzeros(const efx::Dense& dense, int64_t block) {
     return count;
 }
 
+// The bytes of a block of int4, whose groups are whole bytes.
+inline int64_t count_pairs(const efx::Dense& dense, int64_t block) {
+    constexpr int64_t kAtOnce = 256;  // groups
+    const int64_t first = block * efx::kBlock;
+    const int64_t rows = dense.rows - first < efx::kBlock ? dense.rows - first : efx::kBlock;
+    int64_t bytes = 0;
+    for (int64_t begin = 0; begin < dense.columns; begin += 4 * kAtOnce) {
+        const int64_t columns = dense.columns - begin < 4 * kAtOnce ? dense.columns - begin : 4 * kAtOnce;
+        uint8_t counts[kAtOnce] = {};
+        for (int64_t row = 0; row < rows; row++) {
+            const int8_t* weight = static_cast<const int8_t*>(dense.weight) + (first + row) * dense.columns + begin;
+            for (int64_t column = 0; column < columns; column++) counts[column / 4] += is_nonzero(weight[column]);
+        }
+        for (const uint8_t count : counts) bytes += (count + 1) / 2;
+    }
+    return bytes;
+}
+
 int64_t count_block(const efx::Dense& dense, int64_t kind, int64_t block) {
     if (kind == efx::kBf16) return count_nonzeros<uint16_t>(dense, block);
-    const int64_t count = count_nonzeros<int8_t>(dense, block);
-    return efx::is_int4(kind) ? (count + 1) / 2 : count;
+    return efx::is_int4(kind) ? count_pairs(dense, block) : count_nonzeros<int8_t>(dense, block);
 }
 
 template <class Value, class Mask>
@@ -59,9 +76,9 @@ void pack_nibbles(const efx::Dense& dense, const efx::Header& header, int64_t bl
     const int64_t first = block * efx::kBlock;
     const int8_t* weight = static_cast<const int8_t*>(dense.weight) + first * dense.columns;
     const int64_t rows = dense.rows - first < efx::kBlock ? dense.rows - first : efx::kBlock;
-    int64_t count = 0;
     for (int64_t group = 0; group < header.groups; group++) {
         uint64_t mask = 0;
+        int64_t count = 0;
         for (int64_t row = 0; row < rows; row++) {
             for (int64_t place = 0; place < 4; place++) {
                 const int64_t column = 4 * group + efx::kInt4Order[place];
@@ -74,6 +91,7 @@ void pack_nibbles(const efx::Dense& dense, const efx::Header& header, int64_t bl
             }
         }
         masks[group] = mask;
+        values += (count + 1) / 2;
     }
 }
 

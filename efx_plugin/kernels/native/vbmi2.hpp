@@ -8,17 +8,6 @@
 
 namespace {
 
-struct Bytes {
-    uint8_t bytes[64];
-};
-
-template <class F>
-constexpr Bytes make_bytes(F&& byte) {
-    Bytes made{};
-    for (int i = 0; i < 64; i++) made.bytes[i] = static_cast<uint8_t>(byte(i));
-    return made;
-}
-
 // Groups expand in one instruction.
 struct Vbmi2 : Registers {
     EFX_INLINE static inline void round(const float* floats, uint16_t* bf16) {
@@ -28,13 +17,9 @@ struct Vbmi2 : Registers {
         return _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(values));
     }
     EFX_INLINE static inline __m512i expand_nibbles(uint64_t mask, const Nibbles& values) {
-        // Eight nibbles come from eight bytes, for the last of them may lie in the fifth.
-        alignas(64) static constexpr Bytes kFrom = make_bytes([](int i) { return i / 8 * 4 + i % 8; });
-        alignas(64) static constexpr Bytes kShifts[2] = {make_bytes([](int i) { return i % 8 * 4; }),
-                                                         make_bytes([](int i) { return i % 8 * 4 + 4; })};
-        const __m512i bytes = _mm512_permutexvar_epi8(_mm512_load_si512(&kFrom), _mm512_loadu_si512(values.at()));
-        const __m512i shifts = _mm512_load_si512(&kShifts[values.next % 2]);
-        return _mm512_maskz_expand_epi8(mask, _mm512_multishift_epi64_epi8(shifts, bytes));
+        const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values.bytes));
+        const __m512i words = _mm512_cvtepu8_epi16(pairs);
+        return _mm512_maskz_expand_epi8(mask, _mm512_or_si512(words, _mm512_slli_epi16(words, 4)));
     }
 };
 
