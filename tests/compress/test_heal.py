@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForSequenceClassification
+from datasets import Dataset
+from llmcompressor import oneshot
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from efx_plugin.checkpoint import load_sparse, read_sparsity_config, save_sparse
 from efx_plugin.checkpoint.reader import sizes
@@ -14,6 +16,7 @@ from efx_plugin.compress.heal import heal_to_checkpoint
 from efx_plugin.compress.request import HealRequest
 from efx_plugin.engine.blocks import linears_in_blocks
 from efx_plugin.errors import EfxError, SparseCheckpointError, UsageError
+from efx_plugin.modifier import EfficientXpertModifier
 from efx_plugin.training import healing
 from tests.support.tiny_llama import save_tiny_llama, tiny_llama, tiny_tokenizer
 
@@ -101,6 +104,26 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing(request_to_
     with pytest.raises(EfxError, match=r"takes .* GB are free: heal on a larger machine"):
         heal_to_checkpoint(failing)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_is_healed_as_oneshot_leaves_it(request_to_heal, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(save_tiny_llama(tmp_path / "model"))
+    ids = torch.tensor([[3 + (first + step) % 125 for step in range(32)] for first in range(0, 120, 3)])
+    oneshot(
+        model=model,
+        processor=tiny_tokenizer(),
+        recipe=[EfficientXpertModifier(sparsity=0.5, ignore=["lm_head"])],
+        dataset=Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}),
+        num_calibration_samples=len(ids),
+        max_seq_length=32,
+    )
+    pruned = {layer.name: layer.base.weight == 0 for layer in linears_in_blocks(model)}
+    saving = model.save_pretrained
+    folder = tmp_path / "healing"
+    healed = healing.heal(model, ids[:-4], ids[-4:], learning_rate=3e-3, batch_size=2, folder=folder)
+    assert healed.after < 0.9 * healed.before
+    assert all(not layer.base.weight[pruned[layer.name]].any() for layer in linears_in_blocks(model))
+    assert model.save_pretrained == saving
 
 
 def test_a_teacher_draws_the_model_to_what_it_predicts(request_to_heal, report, tmp_path):

@@ -28,7 +28,6 @@ _ALL: tuple[Pipeline, ...] = (
     _trained("published", "published"),
     _trained("as-released", "as_released"),
     _trained("expert", "expert", ours=True),
-    _trained("expert+heal", "expert_healed", ours=True),
 )
 
 PIPELINES: dict[str, Pipeline] = {pipeline.name: pipeline for pipeline in _ALL}

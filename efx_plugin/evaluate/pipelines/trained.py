@@ -3,8 +3,6 @@
 They train on the same tokens, once over them, and each chooses its learning rate from the same ones; see `training`.
 """
 
-import copy
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,16 +15,15 @@ from torch import nn
 from transformers import TrainerCallback
 
 from efx_plugin.engine.blocks import PlannedBlock, plan_blocks
-from efx_plugin.errors import EfxError
 from efx_plugin.evaluate.pipelines.arguments import take_arguments
 from efx_plugin.evaluate.pipelines.as_released import AsReleased
 from efx_plugin.evaluate.pipelines.draft import Draft
-from efx_plugin.evaluate.pipelines.one_shot import expert_modifier, sparsegpt_modifier, wanda_modifier
+from efx_plugin.evaluate.pipelines.one_shot import sparsegpt_modifier, wanda_modifier
 from efx_plugin.evaluate.pipelines.protocol import PipelineResult, PipelineTask
 from efx_plugin.evaluate.pipelines.training import CHOICES, adapt, best_of_rates, train
 from efx_plugin.model.adapters import active_adapters, merge_adapters
 from efx_plugin.training import EfficientXpertCallback
-from efx_plugin.training.healing import UnderMasks, heal
+from efx_plugin.training.healing import UnderMasks
 from efx_plugin.training.recorder import Recording
 
 
@@ -67,45 +64,6 @@ def expert(task: PipelineTask) -> PipelineResult:
     return _train_with(task, lambda draft: _OnCalibrationSet(draft, own))
 
 
-def expert_healed(task: PipelineTask) -> PipelineResult:
-    """LoRA on the first part of the tokens, EfficientXpertModifier, and `heal` with the dense expert on the rest."""
-    given = take_arguments(task, **CHOICES, **HEALING)
-    first = round(given["lora_fraction"] * len(task.training))
-    if not 0 < first < len(task.training):
-        raise EfxError(
-            f"{len(task.training)} training sequences leave none to train an adapter on, or none to heal on: pass more "
-            "text, or another lora_fraction"
-        )
-
-    def make(rate: float) -> Draft:
-        sequences: Any = task.training[:first]
-        draft = Draft.load(replace(task, training=sequences), adapted=False)
-        adapt(draft)
-        train(draft, rate)
-        teacher: Any = merge_adapters(copy.deepcopy(draft.network))
-        draft.task = replace(task, arguments={})
-        draft.calibrate(expert_modifier(draft))
-        heal(
-            draft.merge(),
-            task.training[first:],
-            task.validation,
-            learning_rate=given["healing_rate"],
-            batch_size=given["batch_size"],
-            folder=task.output / "healing",
-            seed=task.seed,
-            teacher=teacher,
-        )
-        shutil.rmtree(task.output / "healing")
-        return draft
-
-    return best_of_rates(
-        task,
-        make,
-        f"LoRA on {first} of {len(task.training)} training sequences, and the kept weights on the others, at "
-        f"{given['healing_rate']:g}",
-    )
-
-
 def published(task: PipelineTask) -> PipelineResult:
     """The paper's schedule: after each third of the training a new mask by averaged scores, and its repair after all
     but the last."""
@@ -126,9 +84,6 @@ def as_released(task: PipelineTask) -> PipelineResult:
     )
     return _train_with(task, AsReleased, note)
 
-
-# Arguments of `expert_healed`: how much of the text LoRA gets, and the rate of the kept weights at its peak.
-HEALING: dict[str, Any] = {"lora_fraction": 0.4, "healing_rate": 2e-4}
 
 # Arguments of EfficientXpertCallback for the paper's method.
 PUBLISHED: dict[str, Any] = {

@@ -11,7 +11,7 @@
 
 // Products of a few tokens with scales for groups of inputs are faster in vectors; those of int8 are the same bits.
 int64_t efx::linear_by_tiles(const efx::Call& call) {
-    constexpr int64_t kFew = 3;  // tokens
+    constexpr int64_t kFew = 5;  // tokens
     const int64_t kind = call.weight.header->kind;
     if (kind == efx::kInt8Dynamic) return Tiled<Int8Int8<Vbmi2>>::run(call);
     if (kind == efx::kInt4Dynamic && call.m > kFew) return Tiled<Int4Int8<Vbmi2>>::run(call);

@@ -17,9 +17,8 @@ from efx_plugin.evaluate.pipelines.registry import PIPELINES
 from efx_plugin.model.adapters import effective_weight
 from tests.support.pipeline_task import run, tiny_task
 
-NAMES = ["wanda+masked-lora", "sparsegpt+masked-lora", "published", "as-released", "expert", "expert+heal"]
+NAMES = ["wanda+masked-lora", "sparsegpt+masked-lora", "published", "as-released", "expert"]
 RATES = {"learning_rates": [1e-2], "batch_size": 2}
-HEALING = {"healing_rate": 1e-2}  # a tiny model's
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def task(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(task):
-    return {name: run(task, name, arguments=RATES | (HEALING if name == "expert+heal" else {})) for name in NAMES}
+    return {name: run(task, name, arguments=RATES) for name in NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -46,7 +45,7 @@ def test_training_helps(task, results, name):
     assert training.validation_loss(results[name].model, task.validation) < base - 0.1
 
 
-@pytest.mark.parametrize("name", ["wanda+masked-lora", "as-released", "expert", "expert+heal"])
+@pytest.mark.parametrize("name", ["wanda+masked-lora", "as-released", "expert"])
 def test_a_structure_is_kept(task, name):
     result = run(task, name, mask_structure="2:4", arguments=RATES)
     for layer in linears_in_blocks(result.model):
@@ -56,11 +55,6 @@ def test_a_structure_is_kept(task, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_all_train_on_the_same_tokens_and_say_so(results, name):
     assert any("trained on 1,376 tokens" in note and "160 of other documents" in note for note in results[name].notes)
-
-
-def test_healing_needs_text_for_both_of_its_parts(task):
-    with pytest.raises(EfxError, match="leave none to train an adapter on, or none to heal on"):
-        run(task, "expert+heal", arguments=RATES | {"lora_fraction": 1.0})
 
 
 def test_lora_under_a_mask_keeps_every_zero_and_moves_the_rest(task, results):
