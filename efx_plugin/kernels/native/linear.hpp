@@ -199,6 +199,7 @@ struct Linear {
 
     static constexpr int kColumns = Dot::kColumns;
     static constexpr int kVectors = Dot::kVectors;
+    static constexpr bool kIsBf16 = std::is_same_v<Element, uint16_t>;
     static constexpr int64_t kChunk = 256 / kVectors;  // groups expanded at a time
     // Rows of activations that are converted, and multiplied with a block, at once: each block reads them all, so that they
     // had better stay in a cache of a few MB.
@@ -538,7 +539,7 @@ struct Linear {
             for (int64_t i = 0; i < m; i++) {
                 const float scale = is_quantized ? inverse(result.x_scales[row + i]) : 1;
                 const auto convert = [&](From value) EFX_INLINE -> Element {
-                    if constexpr (sizeof(Element) == 2) {
+                    if constexpr (kIsBf16) {
                         return value;  // bfloat16 both
                     } else {
                         return is_quantized ? Dot::quantize(as_float(value) * scale) : Element(as_float(value));
@@ -563,7 +564,7 @@ struct Linear {
         };
         if (result.call.type == efx::kTypeBf16) {
             pack(static_cast<const uint16_t*>(result.call.x), [](uint16_t value) EFX_INLINE { return to_float(value); });
-        } else if constexpr (sizeof(Element) != 2) {
+        } else if constexpr (!kIsBf16) {
             pack(static_cast<const float*>(result.call.x), [](float value) EFX_INLINE { return value; });
         }
     }
@@ -585,7 +586,7 @@ struct Linear {
         const bool is_direct = tiles.count == 1;
         const int64_t rows = tiles.rows;
         // One row of bfloat16 that needs no padding is read where it is.
-        const bool in_place = m == 1 && sizeof(Element) == 2 && header.columns == groups * kColumns;
+        const bool in_place = m == 1 && kIsBf16 && header.columns == groups * kColumns;
         const int64_t x_bytes = in_place ? 0 : align(rows * groups * kColumns * sizeof(Element));
         const bool is_quantized = efx::is_dynamic(header.kind);
         const int64_t scale_bytes = is_quantized ? align(rows * sizeof(float)) : 0;
