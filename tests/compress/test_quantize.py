@@ -31,7 +31,7 @@ def expert(tmp_path_factory):
     return save_expert(folder / "expert")
 
 
-def request(expert, output, quantization):
+def request_for(expert, output, quantization):
     data = str(expert.with_name("domain.txt"))
     recipe = quantizing_recipe(quantization)
     return QuantizeRequest(expert, output, recipe, data, samples=8, length=32, progress=False)
@@ -48,7 +48,7 @@ def load(scheme, directory):
 @pytest.fixture(scope="module", params=BITS)
 def quantized(request, expert, tmp_path_factory):
     output = tmp_path_factory.mktemp(request.param) / "small"
-    return request.param, output, quantize_to_checkpoint(globals()["request"](expert, output, request.param))
+    return request.param, output, quantize_to_checkpoint(request_for(expert, output, request.param))
 
 
 def test_zeros_stay_and_the_rest_is_near_what_it_was(expert, quantized):
@@ -84,7 +84,7 @@ def test_what_cannot_be_quantized_is_refused(expert, quantized, tmp_path):
     with pytest.raises(UsageError, match="--quantization W2 is none of W8A8, W8A16, W4A16"):
         quantizing_recipe("W2")
     _, small, _ = quantized
-    again = replace(request(expert, tmp_path / "again", "W8A16"), model=small)
+    again = replace(request_for(expert, tmp_path / "again", "W8A16"), model=small)
     with pytest.raises(EfxError, match="is quantized already: quantize the checkpoint that it was made of"):
         quantize_to_checkpoint(again)
     assert not again.output.exists()
