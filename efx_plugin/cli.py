@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -160,11 +161,7 @@ def prune(
     )
     request = request.checked()
     started = time.monotonic()
-    if quiet:  # before anything is imported that reads it
-        os.environ |= {"TQDM_DISABLE": "1", "LLM_COMPRESSOR_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
-    _choose_device(device)
-    # llm-compressor logs to the stdout it finds when it is imported; ours is for the result.
-    with contextlib.redirect_stdout(sys.stderr):
+    with _computing(device, quiet):
         from efx_plugin.compress.log import show_missing_accelerator_once
 
         show_missing_accelerator_once()
@@ -220,10 +217,7 @@ def heal(
     )
     request = request.checked()
     started = time.monotonic()
-    if quiet:  # before anything is imported that reads it
-        os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    _choose_device(device)
-    with contextlib.redirect_stdout(sys.stderr):
+    with _computing(device, quiet):
         from efx_plugin.compress.heal import heal_to_checkpoint
 
         report = heal_to_checkpoint(request)
@@ -270,11 +264,7 @@ def quantize(
     )
     request = request.checked()
     started = time.monotonic()
-    if quiet:  # before anything is imported that reads it
-        os.environ |= {"TQDM_DISABLE": "1", "LLM_COMPRESSOR_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
-    _choose_device(device)
-    # llm-compressor logs to the stdout it finds when it is imported; ours is for the result.
-    with contextlib.redirect_stdout(sys.stderr):
+    with _computing(device, quiet):
         from efx_plugin.compress.quantize import quantize_to_checkpoint
 
         report = quantize_to_checkpoint(request)
@@ -600,10 +590,7 @@ def evaluate(
         names = _names(tasks)
     if recovery_threshold is not None and baseline is None:
         raise UsageError("--recovery-threshold is about a --baseline: pass one")
-    if quiet:  # before anything is imported that reads it
-        os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    _choose_device(device)
-    with contextlib.redirect_stdout(sys.stderr):
+    with _computing(device, quiet):
         from efx_plugin.evaluate.tasks import check
         from efx_plugin.evaluate.tasks.directory import score_directory
 
@@ -706,6 +693,17 @@ def _choose_recipe(
     if given := next((option for option, value in options.items() if value is not None), None):
         raise UsageError(f"{given} is for the default recipe and {recipe} has its own: pass one of the two")
     return find_recipe(recipe)
+
+
+@contextlib.contextmanager
+def _computing(device: str, quiet: bool) -> Iterator[None]:
+    """Around the imports and the work of a command: the device that was asked for, silence where it was, and a stdout
+    that is kept for the result."""
+    if quiet:  # before anything is imported that reads it
+        os.environ |= {"TQDM_DISABLE": "1", "LLM_COMPRESSOR_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
+    _choose_device(device)
+    with contextlib.redirect_stdout(sys.stderr):  # llm-compressor logs to the one that it finds when it is imported
+        yield
 
 
 def _choose_device(device: str) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from loguru import logger
-from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -23,8 +22,7 @@ from efx_plugin.checkpoint.storage.hashes import directory_hash, file_hash
 from efx_plugin.compress.calibration import calibration_set
 from efx_plugin.compress.request import HealRequest
 from efx_plugin.errors import EfxError
-from efx_plugin.model.adapters import merge_adapters
-from efx_plugin.model.loading import inspect_sources
+from efx_plugin.model.loading import inspect_sources, vocabulary_size
 from efx_plugin.training.healing import heal
 
 _HELD_OUT = 0.1  # of the training sequences as many more, which say whether healing has helped
@@ -56,14 +54,13 @@ def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
             f"{request.model} holds a {type(model).__name__}, and healing trains language models to predict text: "
             "prune the model that it was made of, heal that, and train the head anew"
         )
-    embedding: Any = model.get_input_embeddings()
     count = max(1, request.tokens // request.length)
     text = calibration_set(
         request.dataset,
         tokenizer,
         samples=count + max(1, round(_HELD_OUT * count)),
         length=request.length,
-        vocabulary=embedding.weight.shape[0],
+        vocabulary=vocabulary_size(model),
         text_field=request.text_field,
     )
     ids = torch.tensor(text["input_ids"])
@@ -111,17 +108,14 @@ def _teacher(directory: Path, adapter: Path | None, model: PreTrainedModel) -> P
     Raises:
         EfxError: it cannot be loaded, or has another vocabulary than the model.
     """
-    teacher: Any = inspect_sources(directory, adapter).load()
-    if isinstance(teacher, PeftModel):
-        teacher = merge_adapters(teacher)
-    embeddings: list[Any] = [one.get_input_embeddings() for one in (teacher, model)]
-    sizes = [embedding.weight.shape[0] for embedding in embeddings]
-    if sizes[0] != sizes[1]:
+    teacher = inspect_sources(directory, adapter).load_merged()
+    here, there = vocabulary_size(model), vocabulary_size(teacher)
+    if here != there:
         raise EfxError(
-            f"the teacher {directory} has {sizes[0]} tokens and the sparse model {sizes[1]}: pass the dense expert "
-            "that it was pruned from"
+            f"the teacher {directory} has {there} tokens and the sparse model {here}: pass the dense expert that "
+            "it was pruned from"
         )
-    return teacher  # type: ignore[no-any-return]
+    return teacher
 
 
 def _working_folder(request: HealRequest) -> Path:

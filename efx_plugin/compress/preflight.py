@@ -34,7 +34,7 @@ from efx_plugin.engine.fisher import no_layer_allocation, obstacle_to_loss
 from efx_plugin.engine.quantization import plan_grids
 from efx_plugin.errors import EfxError, UsageError
 from efx_plugin.model.adapters import inner_model
-from efx_plugin.model.loading import Sources, inspect_sources
+from efx_plugin.model.loading import Sources, inspect_sources, vocabulary_size
 from efx_plugin.modifier import EfficientXpertModifier
 
 
@@ -83,13 +83,12 @@ def preflight(request: PruneRequest) -> Prepared:
     for modifier in recipe.modifiers:
         _check_modifier(modifier, sources.skeleton)
     tokenizer = sources.tokenizer()
-    embedding: Any = inner_model(sources.skeleton).get_input_embeddings()  # type: ignore[operator]
     calibration = calibration_set(
         request.dataset,
         tokenizer,
         samples=request.samples,
         length=request.length,
-        vocabulary=embedding.weight.shape[0],
+        vocabulary=vocabulary_size(inner_model(sources.skeleton)),
         text_field=request.text_field,
     )
     return Prepared(sources, recipe, compute, tokenizer, calibration)

@@ -16,8 +16,17 @@ _PARTS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.t
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
+class _OnText:
+    dataset: str
+
+    @property
+    def dataset_name(self) -> str:
+        """The name of the text for the model card; the last part where it is a path."""
+        return self.dataset if is_hub_name(self.dataset) else Path(self.dataset).name
+
+
 @dataclass(frozen=True)
-class PruneRequest:
+class PruneRequest(_OnText):
     """Everything that decides what `efx prune` does.
 
     Attributes:
@@ -47,11 +56,6 @@ class PruneRequest:
     trust_remote_code: bool = False
     progress: bool = True
 
-    @property
-    def dataset_name(self) -> str:
-        """The name of the calibration data for the model card; the last part where it is a path."""
-        return _public(self.dataset)
-
     def checked(self) -> "PruneRequest":
         """The same request, once everything that it names is found on this machine or on the hub.
 
@@ -67,7 +71,7 @@ class PruneRequest:
 
 
 @dataclass(frozen=True)
-class HealRequest:
+class HealRequest(_OnText):
     """Everything that decides what `efx heal` does.
 
     Attributes:
@@ -97,11 +101,6 @@ class HealRequest:
     adapter: Path | None = None
     progress: bool = True
 
-    @property
-    def dataset_name(self) -> str:
-        """See `PruneRequest.dataset_name`."""
-        return _public(self.dataset)
-
     def checked(self) -> "HealRequest":
         """The same request, once everything that it names is found on this machine.
 
@@ -123,7 +122,7 @@ class HealRequest:
 
 
 @dataclass(frozen=True)
-class QuantizeRequest:
+class QuantizeRequest(_OnText):
     """Everything that decides what `efx quantize` does.
 
     Attributes:
@@ -143,11 +142,6 @@ class QuantizeRequest:
     compute_dtype: str = "auto"
     progress: bool = True
 
-    @property
-    def dataset_name(self) -> str:
-        """See `PruneRequest.dataset_name`."""
-        return _public(self.dataset)
-
     def checked(self) -> "QuantizeRequest":
         """The same request, once everything that it names is found on this machine.
 
@@ -164,10 +158,6 @@ def _refuse(output: Path, dataset: str) -> None:
     refuse_existing(output)
     if not is_hub_name(dataset):
         refuse_data_file(Path(dataset), "--dataset")
-
-
-def _public(dataset: str) -> str:
-    return dataset if is_hub_name(dataset) else Path(dataset).name
 
 
 def is_hub_name(named: str) -> bool:

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from efx_plugin.checkpoint.storage import safetensors_file, shards
 from efx_plugin.errors import EfxError, one_line
 from efx_plugin.model.adapter_files import AdapterFiles, read_adapter
-from efx_plugin.model.adapters import merge_unusual
+from efx_plugin.model.adapters import merge_adapters, merge_unusual
 from efx_plugin.model.model_files import ModelFiles, read_json, read_model
 
 _VOCABULARY_FILES = (
@@ -133,6 +133,13 @@ class Sources:
             return model
         return _add_adapter(model, self.adapter, self.vocabulary, rehearsal=False)
 
+    def load_merged(self) -> PreTrainedModel:
+        """As `load`, with the adapter merged in: in float32, rounded once to the dtype that is stored."""
+        model: Any = self.load()
+        if isinstance(model, PeftModel):
+            model = merge_adapters(model)
+        return model  # type: ignore[no-any-return]
+
     def describe(self) -> list[str]:
         """What is going to be pruned, a sentence each."""
         lines = [f"model: {self.model_class.__name__} from {self.files.folder}"]
@@ -170,13 +177,13 @@ def inspect_sources(model: Path, adapter: Path | None, *, trust_remote_code: boo
                 f"and are left out, the first of them {min(unexpected)}"
             )
         skeleton: nn.Module = plain
-        vocabulary, rows = None, _rows(plain)
+        vocabulary, rows = None, vocabulary_size(plain)
         if adapted is not None:
             vocabulary = _resized_vocabulary(plain, adapted)
             if vocabulary is not None:
                 notices.append(
                     f"the adapter was trained on a vocabulary of {vocabulary} tokens, so the model's "
-                    f"{_rows(plain)} become as many"
+                    f"{vocabulary_size(plain)} become as many"
                 )
             skeleton = _add_adapter(plain, adapted, vocabulary, rehearsal=True)
             rows = vocabulary or rows
@@ -327,7 +334,7 @@ def _resized_vocabulary(model: PreTrainedModel, adapter: AdapterFiles) -> int | 
     Raises:
         EfxError: the adapter's tensors contradict each other, or rows that the model lacks are not among them.
     """
-    rows = _rows(model)
+    rows = vocabulary_size(model)
     found: dict[int, str] = {}
     whole = set()
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -369,9 +376,9 @@ def _resized_vocabulary(model: PreTrainedModel, adapter: AdapterFiles) -> int | 
     return wanted
 
 
-def _rows(model: PreTrainedModel) -> int:
-    """Tokens that the model embeds."""
-    embedding: Any = model.get_input_embeddings()
+def vocabulary_size(model: nn.Module) -> int:
+    """Tokens that a model embeds: the rows of its embeddings, which may be more than its tokenizer has."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     return int(embedding.weight.shape[0])
 
 

@@ -1,6 +1,7 @@
 """Quantizing a sparse model: pruned weights stay zero, kept ones come onto a grid and make up for each other."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,8 @@ from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from efx_plugin.checkpoint import load_sparse
-from efx_plugin.checkpoint.reader import read_config
+from efx_plugin.checkpoint.reader import read_config, sizes
+from efx_plugin.compress import quantize
 from efx_plugin.compress.quantize import quantize_to_checkpoint
 from efx_plugin.compress.recipe import quantizing_recipe
 from efx_plugin.compress.request import QuantizeRequest
@@ -88,6 +90,18 @@ def test_what_cannot_be_quantized_is_refused(expert, quantized, tmp_path):
     with pytest.raises(EfxError, match="is quantized already: quantize the checkpoint that it was made of"):
         quantize_to_checkpoint(again)
     assert not again.output.exists()
+
+
+def test_the_disk_is_checked_before_a_weight_is_loaded(expert, tmp_path, monkeypatch):
+    request = request_for(expert, tmp_path / "small", "W4A16")
+    report = sizes(expert)
+    others = report["bytes_on_disk"] - report["linear_bytes_sparse"]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(others)))
+    monkeypatch.setattr(quantize, "load_sparse", lambda directory: pytest.fail("loaded"))
+    with pytest.raises(EfxError, match="make room or write elsewhere"):
+        quantize_to_checkpoint(request)
+    assert not request.output.exists()
 
 
 def test_the_modifier_wants_a_sparse_model_and_something_to_do(tmp_path):

@@ -1,7 +1,5 @@
 """The dense models that everything is measured against: the base model, and the base model with its adapter."""
 
-from typing import Any
-
 from efx_plugin.evaluate.pipelines.protocol import Family, PipelineResult, PipelineTask
 
 
@@ -23,15 +21,10 @@ class Dense:
 
     def run(self, task: PipelineTask) -> PipelineResult:
         """See `Pipeline.run`; the merge is computed in float32 and rounded to the stored dtype once."""
-        from peft import PeftModel
-
         from efx_plugin.engine.compute_dtype import stored_dtype
-        from efx_plugin.model.adapters import merge_adapters
         from efx_plugin.model.loading import inspect_sources
 
-        model: Any = inspect_sources(task.model, task.adapter if self.needs_adapter else None).load()
-        if isinstance(model, PeftModel):
-            model = merge_adapters(model)
+        model = inspect_sources(task.model, task.adapter if self.needs_adapter else None).load_merged()
         dtype, _ = stored_dtype((tensor.dtype, tensor.numel()) for tensor in model.parameters())
         bits = float(8 * dtype.itemsize)
         return PipelineResult(model, 0.0, bits, bits)
