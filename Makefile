@@ -21,11 +21,12 @@ compare: .venv/ready
 train-expert: .venv/ready .venv-serve/ready
 	.venv/bin/python -m integration.train_expert
 
-# Threads that wait asleep: on a machine with other work, spinning ones slow each other down tenfold.
+# Two processes at a time, file by file: most tests run tiny models on one thread. vLLM takes all cores, so what it serves
+# is tested alone. Threads wait asleep: on a machine with other work, spinning ones slow each other down tenfold.
 test: export OMP_WAIT_POLICY := PASSIVE
 test: .venv/ready .venv-serve/ready
-	.venv/bin/python -m pytest -m "not serving"
-	.venv-serve/bin/python -m pytest -m serving integration/test_serving*.py tests/upstream/test_vllm.py
+	.venv/bin/python -m pytest -m "not serving" --numprocesses 2 --dist loadfile --durations 25
+	.venv-serve/bin/python -m pytest -m serving integration/test_serving*.py tests/upstream/test_vllm.py --durations 10
 
 # What we assume of private parts of hosts, on releases one ahead of those in the environments. Downloads 400 MB.
 test-upstream: .venv/ready

@@ -1,12 +1,9 @@
 """The compiled kernels compute the sparse product to the last rounding, in every instruction set of this processor."""
 
 import resource
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,16 +14,11 @@ from tests.support.native_calls import (
     DTYPES,
     HEADER,
     KINDS,
-    bytes_of,
-    digest,
     expected,
     make_weight,
-    random_call,
     scaled,
-    write_calls,
 )
 
-ROOT = Path(__file__).parents[2]
 ALL = [kernel.name for kernel in native.KERNELS]
 ISAS = [kernel.name for kernel in native.KERNELS if kernel.is_supported]
 
@@ -364,44 +356,3 @@ def test_unknown_numbers_are_refused_by_every_function():
         refused(library.efx_pack(index, 1, w, 20, 12, 0, 0, s, b[0], size, 1), SIZES)
     refused(library.efx_pack(index, 1, w, 20, 12, 0, 0, s, b[0] + 1, b[1], 1), SIZES)
     refused(library.efx_linear(index, *b, x.data_ptr(), 1, -1, 12, None, y.data_ptr(), 20, 1), SIZES)
-
-
-# Under the sanitizers, and beside pages that cannot be touched; native_replay.cpp makes the calls.
-
-
-def call_in_process(call: dict[str, int], arrays: list[torch.Tensor | None]) -> str:
-    """What the replaying program prints for the call."""
-    library = native.library()
-    isa, kind, rows, columns, m = (call[name] for name in ("isa", "kind", "rows", "columns", "m"))
-    weight, scales, x, bias = (None if array is None else array.data_ptr() for array in arrays)
-    shape = (isa, kind, weight, rows, columns, call["span"])
-    size = library.efx_packed_size(*shape, 1)
-    buffer = torch.full((size,), 0xA5, dtype=torch.uint8)
-    y = torch.full((m * rows * arrays[2].element_size(),), 0xA5, dtype=torch.uint8)
-    packed = library.efx_pack(*shape, call["scale_type"], scales, buffer.data_ptr(), size, 1)
-    if call["field"] >= 0:
-        buffer[: 8 * len(HEADER)].view(torch.int64)[call["field"]] = call["value"]
-    product = library.efx_linear(isa, buffer.data_ptr(), size, x, call["type"], m, columns, bias, y.data_ptr(), rows, 1)
-    return f"{size} {packed} {product} {digest(bytes_of(buffer) + bytes_of(y))}"
-
-
-def corrupt(rng: np.random.Generator, call: dict[str, int]) -> dict[str, int]:
-    """The call, of which one in four finds its packed weight corrupt."""
-    if rng.random() >= 0.25:
-        return call
-    value = int(rng.choice([-(2**63), -1, 0, 1, 2**31, 2**32 + 6, 2**61, 2**62, 2**63 - 1]))
-    return call | {"field": int(rng.integers(len(HEADER))), "value": value}
-
-
-def test_no_call_makes_the_sanitizers_report(sanitized_program, tmp_path):
-    """Nor do tiles that are emulated, see test_tiles.py: but they add in another order."""
-    rng = np.random.default_rng(0)
-    calls = [random_call(rng, ALL.index(isa)) for isa in ISAS if isa != "amx" for _ in range(100)]
-    calls = [(corrupt(rng, call), arrays) for call, arrays in calls]
-    write_calls(tmp_path / "calls", calls)
-    replayed = subprocess.run([sanitized_program, tmp_path / "calls"], capture_output=True, text=True)
-    assert (replayed.returncode, replayed.stderr) == (0, "")
-    found = replayed.stdout.splitlines()
-    assert found == [call_in_process(*call) for call in calls]
-    refusals = [line.split()[2] for line in found].count("-1")
-    assert len(calls) / 10 < refusals < len(calls) / 2
