@@ -11,16 +11,15 @@ from hypothesis import strategies as st
 
 from efx_plugin.kernels import native, registry
 from tests.support.native_calls import (
+    ALL,
     DTYPES,
     HEADER,
+    ISAS,
     KINDS,
     expected,
     make_weight,
     scaled,
 )
-
-ALL = [kernel.name for kernel in native.KERNELS]
-ISAS = [kernel.name for kernel in native.KERNELS if kernel.is_supported]
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="the kernels are not compiled")
 every_isa = pytest.mark.parametrize("isa", ISAS)

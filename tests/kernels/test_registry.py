@@ -8,14 +8,14 @@ import torch
 from efx_plugin.errors import EfxError
 from efx_plugin.kernels import kernel_summary, native, pack, reference, registry, sparse_linear
 from efx_plugin.kernels.cuda import kernel as cuda
+from tests.support.native_calls import ISAS
 
-SUPPORTED = [kernel.name for kernel in native.KERNELS if kernel.is_supported]
-needs_library = pytest.mark.skipif(not SUPPORTED, reason="the kernels are not compiled")
+needs_library = pytest.mark.skipif(not ISAS, reason="the kernels are not compiled")
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_the_library_is_there_where_a_compiler_is():
-    assert SUPPORTED, "g++ is there, so `pip install --editable .` should have built the kernels"
+    assert ISAS, "g++ is there, so `pip install --editable .` should have built the kernels"
 
 
 def sparse_weight(dtype=torch.bfloat16) -> torch.Tensor:
@@ -27,14 +27,14 @@ def sparse_weight(dtype=torch.bfloat16) -> torch.Tensor:
 def test_the_best_that_the_processor_has_is_chosen(dtype):
     weight = sparse_weight(dtype)
     packed = pack(weight)
-    assert packed.kernel == SUPPORTED[0]
+    assert packed.kernel == ISAS[0]
     assert kernel_summary(packed).startswith(native.SUMMARIES[packed.kernel])
     x = torch.randn(3, 12).to(dtype)
     torch.testing.assert_close(sparse_linear(x, packed), torch.nn.functional.linear(x, weight))
 
 
 @needs_library
-@pytest.mark.parametrize("name", [*SUPPORTED, "reference"])
+@pytest.mark.parametrize("name", [*ISAS, "reference"])
 def test_each_kernel_can_be_forced(monkeypatch, name):
     monkeypatch.setenv("EFX_KERNEL", name)
     packed = pack(sparse_weight())
@@ -88,7 +88,7 @@ def test_a_device_without_a_kernel_of_its_own_gets_the_reference(monkeypatch):
 def test_the_kernel_for_gpus_is_refused_on_a_cpu(monkeypatch):
     assert "cuda" not in kernel_summary(pack(sparse_weight()))
     monkeypatch.setenv("EFX_KERNEL", "cuda")
-    available = ", ".join([*SUPPORTED, "reference"])
+    available = ", ".join([*ISAS, "reference"])
     expected = "that kernel runs on cuda devices, and the weights are on a cpu device: unset it, or choose one of"
     with pytest.raises(EfxError, match=f"^EFX_KERNEL=cuda, but {expected} {available}$"):
         pack(sparse_weight())
@@ -109,7 +109,7 @@ def test_the_kernel_for_gpus_takes_no_weights_of_four_bits():
 
 
 @needs_library
-@pytest.mark.parametrize("name", [*SUPPORTED, "reference"])
+@pytest.mark.parametrize("name", [*ISAS, "reference"])
 @pytest.mark.parametrize("quantize_activations", [False, True])
 def test_each_kernel_can_be_forced_on_four_bits(monkeypatch, name, quantize_activations):
     monkeypatch.setenv("EFX_KERNEL", name)

@@ -13,8 +13,10 @@ import torch
 
 from efx_plugin.kernels import native
 from tests.support.native_calls import (
+    ALL,
     ARM64,
     HEADER,
+    ISAS,
     KINDS,
     PORTABLE,
     ROOT,
@@ -31,15 +33,10 @@ from tests.support.native_calls import (
     write_calls,
 )
 
-ALL = [kernel.name for kernel in native.KERNELS]
-ISAS = [kernel.name for kernel in native.KERNELS if kernel.is_supported]
 AMX = 0  # its number
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="the kernels are not compiled")
-with_bf16 = pytest.mark.skipif(
-    not any(kernel.name == "avx512_bf16" and kernel.is_supported for kernel in native.KERNELS),
-    reason="a processor without AVX512-BF16",
-)
+with_bf16 = pytest.mark.skipif("avx512_bf16" not in ISAS, reason="a processor without AVX512-BF16")
 
 
 @pytest.fixture(scope="module")

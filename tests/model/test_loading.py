@@ -48,10 +48,6 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return output.logits if "logits" in output else output.start_logits + 2 * output.end_logits
 
 
-def merged(model: torch.nn.Module) -> torch.nn.Module:
-    return merge_adapters(model) if isinstance(model, PeftModel) else model
-
-
 ENDS = {"embed_tokens", "lm_head"}
 EMBEDDINGS = {
     "LoRA": {"target_modules": ["q_proj", "embed_tokens"]},
@@ -78,7 +74,7 @@ def test_trained_embeddings_arrive(tmp_path, options, tied, vocabulary):
             inspect_sources(base, adapter)
         return
     sources = inspect_sources(base, adapter)
-    loaded = merged(sources.load())
+    loaded = sources.load_merged()
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
     loaded.save_pretrained(tmp_path / "stored")
     stored = AutoModelForCausalLM.from_pretrained(tmp_path / "stored")
@@ -110,7 +106,7 @@ def test_adapters_of_every_mergeable_kind_arrive(tmp_path, options):
     fields = {"attention_bias": True, "tie_word_embeddings": "ensure_weight_tying" in options}
     base, adapter = save_tiny_llama(tmp_path / "base", **fields), tmp_path / "adapter"
     expected = trained(AutoModelForCausalLM.from_pretrained(base), adapter, **options)
-    torch.testing.assert_close(logits(merged(inspect_sources(base, adapter).load())), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(inspect_sources(base, adapter).load_merged()), expected, rtol=1e-4, atol=1e-4)
 
 
 CLASSIFIERS = [
@@ -130,7 +126,7 @@ def test_classifiers_keep_their_class_and_their_trained_head(tmp_path, base, tas
     expected = trained(model, tmp_path / "adapter", task_type=task)
     sources = inspect_sources(tmp_path / "head", tmp_path / "adapter")
     assert sources.model_class is type(model)
-    loaded = merged(sources.load())
+    loaded = sources.load_merged()
     assert type(loaded) is type(model)
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
     assert f"was trained for the task {task}, but the model is a LlamaForCausalLM" in refused(
@@ -147,7 +143,7 @@ def test_adapters_of_fused_experts_arrive(tmp_path):
     expected = trained(AutoModelForCausalLM.from_pretrained(base), adapter, target_parameters=fused)
     loaded = inspect_sources(base, adapter).load()
     assert isinstance(loaded, PeftModel)  # attention keeps its adapters
-    torch.testing.assert_close(logits(merged(loaded)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(merge_adapters(loaded)), expected, rtol=1e-4, atol=1e-4)
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -274,10 +270,10 @@ def test_a_path_that_is_no_adapter_is_refused_with_the_one_that_is_meant(tmp_pat
 
 
 def test_a_pickled_adapter_arrives(base, adapter):
-    expected = logits(merged(inspect_sources(base, adapter).load()))
+    expected = logits(inspect_sources(base, adapter).load_merged())
     torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
     (adapter / "adapter_model.safetensors").unlink()
-    torch.testing.assert_close(logits(merged(inspect_sources(base, adapter).load())), expected)
+    torch.testing.assert_close(logits(inspect_sources(base, adapter).load_merged()), expected)
 
 
 def test_an_adapter_for_fewer_layers_is_refused_with_the_first_that_it_lacks(tmp_path, adapter):
@@ -449,12 +445,12 @@ def test_a_config_left_over_from_a_merge_is_ignored(base, adapter):
 
 
 def test_an_adapter_beside_a_model_is_merged_once_or_not_at_all(base, adapter):
-    expected = logits(merged(inspect_sources(base, adapter).load()))
+    expected = logits(inspect_sources(base, adapter).load_merged())
     for path in adapter.glob("adapter_*"):
         shutil.copy(path, base)
     assert f"if the adapter is merged already, remove its files, else pass --adapter {base} too" in refused(base)
     assert "holds a model and an adapter beside it" in refused(base, adapter)
-    torch.testing.assert_close(logits(merged(inspect_sources(base, base).load())), expected)
+    torch.testing.assert_close(logits(inspect_sources(base, base).load_merged()), expected)
 
 
 def test_a_trainers_output_as_model_is_answered_with_its_last_checkpoint(tmp_path, base):

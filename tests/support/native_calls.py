@@ -8,8 +8,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from efx_plugin.kernels import groups, registry
+from efx_plugin.kernels import groups, native, registry
 
+ALL = [kernel.name for kernel in native.KERNELS]  # a kernel's place is its number
+ISAS = [kernel.name for kernel in native.KERNELS if kernel.is_supported]
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "efx_plugin" / "kernels" / "native"
 REPLAY = ROOT / "tests" / "kernels" / "native_replay.cpp"
