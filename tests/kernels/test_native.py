@@ -16,10 +16,9 @@ from tests.support.native_calls import (
     HEADER,
     ISAS,
     KINDS,
-    expected,
     make_weight,
-    scaled,
 )
+from tests.support.products import expected, scaled
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="the kernels are not compiled")
 every_isa = pytest.mark.parametrize("isa", ISAS)

@@ -13,12 +13,12 @@ from tests.support.native_calls import (
     KINDS,
     assert_right,
     compile_replay,
-    is_sum,
     make_call,
     make_weight,
     random_call,
     replay,
 )
+from tests.support.products import is_sum
 
 CXX = shutil.which("aarch64-linux-gnu-g++")
 EMULATOR = shutil.which("qemu-aarch64")

@@ -25,13 +25,13 @@ from tests.support.native_calls import (
     bytes_of,
     compile_replay,
     digest,
-    is_sum,
     make_call,
     make_weight,
     random_call,
     replay,
     write_calls,
 )
+from tests.support.products import is_sum
 
 AMX = 0  # its number
 

@@ -1,4 +1,4 @@
-"""Calls of the compiled sparse kernels: weights, what a product has to be, and a program that replays calls."""
+"""Calls of the compiled sparse kernels: weights, and a program that replays calls."""
 
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from efx_plugin.kernels import groups, native, registry
+from tests.support.products import is_sum
 
 ALL = [kernel.name for kernel in native.KERNELS]  # a kernel's place is its number
 ISAS = [kernel.name for kernel in native.KERNELS if kernel.is_supported]
@@ -71,41 +72,6 @@ def make_weight(kind: str, rows: int, columns: int, density=0.5, seed=0) -> tupl
     return weight, scales.to(scale_dtype).float()
 
 
-def scaled(weight: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    """The weight in float64."""
-    if scales is None:
-        return weight.double()
-    if scales.ndim == 1:
-        return weight.double() * scales[:, None]
-    size = groups.group_size(weight.shape[1], scales)
-    return weight.double() * scales.double().repeat_interleave(size, 1)[:, : weight.shape[1]]
-
-
-def expected(kind, weight, scales, x, bias) -> tuple[torch.Tensor, torch.Tensor]:
-    """The result in float64, and how far from it sums in float32 may be.
-
-    K products added in any order, each product and each sum rounded, are off by at most gamma_n = n u / (1 - n u) times
-    the sum of magnitudes, with u = 2^-24 and n = K (Higham, Accuracy and Stability of Numerical Algorithms, section
-    3.1); sums of groups that are added up are rounded no more often. Four roundings more come from the scales and the
-    bias. Quantized activations are integers, except that x / s within 3 roundings of a half may go to either side: s,
-    1 / s and x (1 / s) are rounded.
-    """
-    w, x = scaled(weight, scales), x.double()
-    undecided = torch.zeros_like(x)
-    x_scale = torch.ones(())
-    if kind.endswith("dynamic"):
-        x_scale = x.abs().amax(-1, keepdim=True) / 127
-        exact = torch.where(x_scale > 0, x / x_scale, 0)
-        x = exact.round()
-        undecided = (((exact - exact.floor()) - 0.5).abs() < 127 * 3 * 2**-24).double()
-    y, magnitude = (x @ w.T) * x_scale, (x.abs() @ w.abs().T) * x_scale
-    slack = (undecided @ w.abs().T) * x_scale
-    if bias is not None:
-        y, magnitude = y + bias.double(), magnitude + bias.double().abs()
-    n = (weight.shape[1] + 4) * 2.0**-24
-    return y, n / (1 - n) * (magnitude + slack) + slack
-
-
 def compile_replay(
     folder: Path, compiler: str, architecture: Architecture, flags: list[str], vector_flags: list[str] | None = None
 ) -> Path:
@@ -138,12 +104,6 @@ def replay(command: list[str | Path], folder: Path, calls: list[Call]) -> tuple[
         results = results[size:]
     assert not results and len(lines) == len(calls)
     return lines, products
-
-
-def is_sum(y, kind, weight, scales, x, bias) -> bool:
-    """Whether y is the rounding of a sum in float32."""
-    exact, error = expected(kind, weight, None if scales is None else scales.float(), x, bias)
-    return bool((((exact - error).to(y.dtype) <= y) & (y <= (exact + error).to(y.dtype))).all())
 
 
 def assert_right(calls: list[Call], lines: list[str], products: list[torch.Tensor]) -> None:
