@@ -48,7 +48,7 @@ class Healed:
     """What healing did.
 
     Attributes:
-        tokens: that were trained on.
+        tokens: that were trained on, in each epoch.
         before, after: perplexity of the validation sequences.
     """
 
@@ -85,10 +85,11 @@ def heal(
     learning_rate: float,
     batch_size: int,
     folder: Path,
+    epochs: int = 1,
     seed: int = 0,
     teacher: PreTrainedModel | None = None,
 ) -> Healed:
-    """Train the kept weights once over the training sequences, see `once_over`, in place.
+    """Train the kept weights on the training sequences, see `trainer_arguments`, in place.
 
     Args:
         model: a plain causal language model with zeros in its linear layers.
@@ -96,6 +97,7 @@ def heal(
         learning_rate: at its peak.
         batch_size: sequences of a step.
         folder: for checkpoints of the Trainer; a run that finds one there goes on from it, and ends as it would have.
+        epochs: passes over the training sequences.
         seed: of the order of the sequences.
         teacher: a plain model with the same vocabulary; it stays as it is.
 
@@ -118,14 +120,15 @@ def heal(
             teacher,
             model=model,
             callbacks=[UnderMasks(masks)],
-            **once_over(
+            **trainer_arguments(
                 training,
                 folder,
                 learning_rate,
                 batch_size,
                 seed,
+                epochs,
                 save_strategy="steps",
-                save_steps=math.ceil(len(training) / batch_size / _CHECKPOINTS),
+                save_steps=math.ceil(epochs * len(training) / batch_size / _CHECKPOINTS),
                 save_total_limit=1,
             ),
         )
@@ -137,26 +140,27 @@ def heal(
     return Healed(training.numel(), _perplexity(before), _perplexity(after))
 
 
-def once_over(
-    sequences: Tensor, folder: Path, learning_rate: float, batch_size: int, seed: int, **more: Any
+def trainer_arguments(
+    sequences: Tensor, folder: Path, learning_rate: float, batch_size: int, seed: int, epochs: int = 1, **more: Any
 ) -> dict[str, Any]:
-    """Arguments of a Trainer that trains once over sequences, int64 [n, length], in batches of `batch_size`, and tells
+    """Arguments of a Trainer that trains on sequences, int64 [n, length], in batches of `batch_size`, and tells
     nobody: the rate rises over the first tenth of the steps and falls to zero, both linearly.
 
     Args:
         folder: for checkpoints.
         learning_rate: at its peak.
         seed: of the order of the sequences.
+        epochs: passes over them.
         more: of `TrainingArguments`.
     """
     return {
         "args": TrainingArguments(
             output_dir=str(folder),
             per_device_train_batch_size=batch_size,
-            num_train_epochs=1,
+            num_train_epochs=epochs,
             learning_rate=learning_rate,
             lr_scheduler_type="linear",
-            warmup_steps=math.ceil(len(sequences) / batch_size / 10),
+            warmup_steps=math.ceil(epochs * len(sequences) / batch_size / 10),
             use_cpu=not torch.accelerator.is_available(),  # bf16 is refused on a CPU that is not asked for
             seed=seed,
             logging_strategy="no",
