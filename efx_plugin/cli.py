@@ -183,9 +183,8 @@ def heal(
     adapter: Annotated[Path | None, typer.Option(help="LoRA adapter that makes the teacher an expert.")] = None,
     text_field: Annotated[str | None, typer.Option(help="The field of the data that holds the text.")] = None,
     tokens: Annotated[
-        int, typer.Option(help="Tokens to train on; a tenth as many more are held out as a check.", min=2)
+        int, typer.Option(help="Tokens to train on, once; a tenth as many more are held out as a check.", min=2)
     ] = HealRequest.tokens,
-    epochs: Annotated[int, typer.Option(help="Passes over these tokens.", min=1)] = HealRequest.epochs,
     length: Annotated[int, typer.Option(help="Tokens per sequence.", min=2)] = HealRequest.length,
     learning_rate: Annotated[float, typer.Option(help="At its peak.", min=0)] = HealRequest.learning_rate,
     batch_size: Annotated[int, typer.Option(help="Sequences of a step.", min=1)] = HealRequest.batch_size,
@@ -208,7 +207,6 @@ def heal(
         dataset,
         text_field=text_field,
         tokens=tokens,
-        epochs=epochs,
         length=length,
         learning_rate=learning_rate,
         batch_size=batch_size,

@@ -37,8 +37,8 @@ def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
     A run that was interrupted goes on where it was, from `OUTPUT.healing`.
 
     Returns:
-        What `sizes` says of the output, `tokens` that were trained on in each epoch, and the perplexity of the tokens
-        held out, `before` and `after`.
+        What `sizes` says of the output, `tokens` that were trained on, and the perplexity of the tokens held out,
+        `before` and `after`.
 
     Raises:
         EfxError: the inputs are unfit, or healing has not helped; nothing is written then.
@@ -81,7 +81,6 @@ def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
             learning_rate=request.learning_rate,
             batch_size=request.batch_size,
             folder=folder,
-            epochs=request.epochs,
             seed=request.seed,
             teacher=teacher,
         )
@@ -91,13 +90,12 @@ def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
             f"healing took the perplexity on {held_out * request.length:,} other tokens of {request.dataset} from "
             f"{healed.before:.2f} to {healed.after:.2f}: nothing is written; lower --learning-rate, or pass more text"
         )
-    again = f", {request.epochs} times over" if request.epochs > 1 else ""
     save_sparse(
         model,
         request.output,
         structure=structure,
         companions=shards.companions(request.model),
-        metadata={"healing": f"{healed.tokens:,} tokens from {request.dataset_name}{again}"},
+        metadata={"healing": f"{healed.tokens:,} tokens from {request.dataset_name}"},
         progress=request.progress,
     )
     shutil.rmtree(folder)
@@ -161,7 +159,6 @@ def _key(request: HealRequest) -> dict[str, Any]:
         "dataset": file_hash(dataset) if dataset.is_file() else request.dataset,
         "text_field": request.text_field,
         "tokens": request.tokens,
-        "epochs": request.epochs,
         "length": request.length,
         "learning_rate": request.learning_rate,
         "batch_size": request.batch_size,

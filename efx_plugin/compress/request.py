@@ -78,8 +78,7 @@ class HealRequest(_OnText):
         model: directory of a sparse checkpoint with its tokenizer.
         output: directory to write; it must not exist.
         dataset, text_field: text of the domain, see `PruneRequest`.
-        tokens: that are trained on; a tenth as many more are held out.
-        epochs: passes over them.
+        tokens: that are trained on, once; a tenth as many more are held out.
         length: tokens of a sequence.
         learning_rate: at its peak.
         batch_size: sequences of a step.
@@ -94,7 +93,6 @@ class HealRequest(_OnText):
     dataset: str
     text_field: str | None = None
     tokens: int = 60_000
-    epochs: int = 1
     length: int = 512
     learning_rate: float = 2e-4
     batch_size: int = 2

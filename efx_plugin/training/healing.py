@@ -48,7 +48,7 @@ class Healed:
     """What healing did.
 
     Attributes:
-        tokens: that were trained on, in each epoch.
+        tokens: that were trained on.
         before, after: perplexity of the validation sequences.
     """
 
@@ -85,11 +85,10 @@ def heal(
     learning_rate: float,
     batch_size: int,
     folder: Path,
-    epochs: int = 1,
     seed: int = 0,
     teacher: PreTrainedModel | None = None,
 ) -> Healed:
-    """Train the kept weights on the training sequences, see `trainer_arguments`, in place.
+    """Train the kept weights once over the training sequences, see `once_over`, in place.
 
     Args:
         model: a plain causal language model with zeros in its linear layers.
@@ -97,7 +96,6 @@ def heal(
         learning_rate: at its peak.
         batch_size: sequences of a step.
         folder: for checkpoints of the Trainer; a run that finds one there goes on from it, and ends as it would have.
-        epochs: passes over the training sequences.
         seed: of the order of the sequences.
         teacher: a plain model with the same vocabulary; it stays as it is.
 
@@ -120,15 +118,14 @@ def heal(
             teacher,
             model=model,
             callbacks=[UnderMasks(masks)],
-            **trainer_arguments(
+            **once_over(
                 training,
                 folder,
                 learning_rate,
                 batch_size,
                 seed,
-                epochs,
                 save_strategy="steps",
-                save_steps=math.ceil(epochs * len(training) / batch_size / _CHECKPOINTS),
+                save_steps=math.ceil(len(training) / batch_size / _CHECKPOINTS),
                 save_total_limit=1,
             ),
         )
@@ -140,27 +137,26 @@ def heal(
     return Healed(training.numel(), _perplexity(before), _perplexity(after))
 
 
-def trainer_arguments(
-    sequences: Tensor, folder: Path, learning_rate: float, batch_size: int, seed: int, epochs: int = 1, **more: Any
+def once_over(
+    sequences: Tensor, folder: Path, learning_rate: float, batch_size: int, seed: int, **more: Any
 ) -> dict[str, Any]:
-    """Arguments of a Trainer that trains on sequences, int64 [n, length], in batches of `batch_size`, and tells
+    """Arguments of a Trainer that trains once over sequences, int64 [n, length], in batches of `batch_size`, and tells
     nobody: the rate rises over the first tenth of the steps and falls to zero, both linearly.
 
     Args:
         folder: for checkpoints.
         learning_rate: at its peak.
         seed: of the order of the sequences.
-        epochs: passes over them.
         more: of `TrainingArguments`.
     """
     return {
         "args": TrainingArguments(
             output_dir=str(folder),
             per_device_train_batch_size=batch_size,
-            num_train_epochs=epochs,
+            num_train_epochs=1,
             learning_rate=learning_rate,
             lr_scheduler_type="linear",
-            warmup_steps=math.ceil(epochs * len(sequences) / batch_size / 10),
+            warmup_steps=math.ceil(len(sequences) / batch_size / 10),
             use_cpu=not torch.accelerator.is_available(),  # bf16 is refused on a CPU that is not asked for
             seed=seed,
             logging_strategy="no",

@@ -78,15 +78,6 @@ def test_the_text_held_out_is_predicted_better_and_the_report_says_so(request_to
     assert "Trained on its kept weights: 1,280 tokens" in (request_to_heal.output / "README.md").read_text()
 
 
-def test_a_second_epoch_learns_more_from_the_same_text(request_to_heal, report):
-    again = replace(request_to_heal, output=request_to_heal.output.with_name("twice"), epochs=2)
-    twice = heal_to_checkpoint(again)
-    assert twice["tokens"] == report["tokens"] and twice["before"] == report["before"]
-    assert twice["after"] < 0.9 * report["after"]
-    provenance = json.loads((again.output / "provenance.json").read_text())
-    assert provenance["healing"] == "1,280 tokens from domain.txt, 2 times over"
-
-
 def test_a_run_that_was_interrupted_ends_with_the_same_weights(request_to_heal, report, monkeypatch):
     class Interrupted(healing.UnderMasks):
         def on_step_end(self, args, state, control, **kwargs):

@@ -19,7 +19,7 @@ from transformers import (
 from efx_plugin.errors import EfxError
 from efx_plugin.evaluate.pipelines.draft import Draft
 from efx_plugin.evaluate.pipelines.protocol import PipelineResult, PipelineTask
-from efx_plugin.training.healing import trainer_arguments, validation_loss
+from efx_plugin.training.healing import once_over, validation_loss
 
 # Arguments of every trained pipeline: the rates to choose from, at their peak, and the sequences of a step.
 CHOICES: dict[str, Any] = {"learning_rates": (3e-4, 1e-3, 3e-3), "batch_size": 4}
@@ -45,13 +45,13 @@ def adapt(draft: Draft) -> None:
 
 
 def train(draft: Draft, rate: float, callbacks: Sequence[TrainerCallback] = ()) -> None:
-    """Train the adapter of a draft once over the task's training sequences, see `trainer_arguments`."""
+    """Train the adapter of a draft once over the task's training sequences, see `once_over`."""
     task, sequences = draft.task, draft.task.training
     batch_size = task.arguments.get("batch_size", CHOICES["batch_size"])
     trainer = Trainer(
         model=draft.network,
         callbacks=list(callbacks),
-        **trainer_arguments(
+        **once_over(
             sequences,
             task.output / "trainer",
             rate,
