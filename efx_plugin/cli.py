@@ -175,7 +175,13 @@ def prune(
 def heal(
     model: Annotated[Path, typer.Argument(help="Directory of a sparse model, as `efx prune` writes it.")],
     output: Annotated[Path, typer.Argument(help="Directory to write; must not exist yet.")],
-    dataset: Annotated[str, typer.Option(metavar="FILE|NAME", help="Text of the domain, as `efx prune` takes it.")],
+    dataset: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|NAME",
+            help="Text of the domain, as `efx prune` takes it; best such as the adapter was not trained on.",
+        ),
+    ],
     teacher: Annotated[
         Path | None,
         typer.Option(help="Directory of the dense expert, or of the base model with --adapter: to learn from it too."),
