@@ -309,14 +309,14 @@ def export(
 
 @app.command()
 def inspect(
-    directory: Annotated[Path, typer.Argument(help="Directory of a sparse checkpoint.", exists=True, file_okay=False)],
+    directory: Annotated[Path, typer.Argument(help="Directory of a checkpoint.", exists=True, file_okay=False)],
     verify: Annotated[bool, typer.Option("--verify", help="Read and check every byte, checksums included.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a heat map, layers by projections, to this picture.")] = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show what a sparse checkpoint holds: format, sizes, sparsity by projection and layer, 2:4 compliance.
+    """Show what a checkpoint of pruned weights holds: format, sizes, sparsity by projection and layer, 2:4 compliance.
 
     Example: efx inspect ./expert --verify --plot expert.png
     """
@@ -668,7 +668,10 @@ def _show_summary(summary: "Summary", verified: bool) -> None:
         ("parameters", f"{summary.parameters:,}"),
         ("bytes, stored dense", f"{summary.bytes_dense:,}"),
         ("bytes on disk", f"{summary.bytes_on_disk:,} ({summary.bytes_on_disk / summary.bytes_dense:.3f} of dense)"),
-        ("compressed weights", str(len(summary.weights))),
+        (
+            "compressed weights",
+            f"{len(summary.weights)}, {summary.bits_per_weight:.2f} bits each on disk, zeros counted",
+        ),
         ("sparsity", f"{summary.sparsity:.4f}"),
         ("2:4 structure", "yes" if summary.two_of_four else "no"),
         ("checksums", summary.checksums),

@@ -353,6 +353,12 @@ def test_quantize_keeps_the_zeros_of_a_sparse_checkpoint(sparse, text, tmp_path,
     found, before = json.loads(result.stdout), json.loads(efx("inspect", expert, "--json").stdout)
     assert found["sparsity"] >= before["sparsity"] > 0.4
     assert len(found["layers"]) == 7 * AutoConfig.from_pretrained(expert).num_hidden_layers
+    summary = json.loads(efx("inspect", tmp_path / "small", "--verify", "--json").stdout)
+    assert summary["sparsity"] == pytest.approx(found["sparsity"])
+    assert summary["dtype"] == f"int{scheme[1]}"
+    assert_refused(
+        efx("heal", tmp_path / "small", tmp_path / "other", "--dataset", text), tmp_path / "other", "quantized"
+    )
     options[3] = "W2"
     assert_refused(efx("quantize", expert, tmp_path / "other", *options), tmp_path / "other", "W2 is none of", code=2)
 

@@ -5,18 +5,17 @@ by themselves; its zeros are exact, so that whoever reads it may leave them out 
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from efx_plugin.checkpoint import storage_plan
-from efx_plugin.checkpoint.config import VERSION
+from efx_plugin.checkpoint.config import VERSION, sparsity_of
 from efx_plugin.checkpoint.formats import pack_quantized
 from efx_plugin.checkpoint.model_card import packed_card
 from efx_plugin.checkpoint.plain import write_plain
 from efx_plugin.checkpoint.storage import safetensors_file
+from efx_plugin.errors import SparseCheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,6 +67,48 @@ def write_packed(
     )
 
 
+def is_packed(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json describes a checkpoint whose quantized weights are packed and not stored sparsely."""
+    return (
+        sparsity_of(config) is None and (config.get("quantization_config") or {}).get("format") == pack_quantized.NAME
+    )
+
+
+def width(quantization: Mapping[str, Any]) -> int:
+    """The bits of a packed weight, by a quantization_config.
+
+    Raises:
+        SparseCheckpointError: there is none, or weights have different ones.
+    """
+    found = {group["weights"]["num_bits"] for group in quantization["config_groups"].values() if group["weights"]}
+    if len(found) != 1:
+        raise SparseCheckpointError(
+            f"quantized weights of {' and '.join(map(str, sorted(found))) or 'no'} bits are not told apart here: "
+            "transformers reads them"
+        )
+    return int(found.pop())
+
+
+def weights_in(names: Iterable[str]) -> list[str]:
+    """The names that packed weights have when they are dense, among the names of tensors."""
+    return [name.removesuffix("_packed") for name in names if name.endswith(_PACKED)]
+
+
+def read_integers(read: "Callable[[str], Tensor]", weight: str, bits: int) -> "Tensor":
+    """The integers of a packed weight, int8 [rows, columns].
+
+    Args:
+        read: a tensor of the checkpoint by its name.
+        weight: one of `weights_in`.
+        bits: see `width`.
+
+    Raises:
+        SparseCheckpointError: its tensors disagree.
+    """
+    parts = {part: read(f"{weight.removesuffix('weight')}{part}") for part in pack_quantized.layout(0, 0)}
+    return pack_quantized.decompress(parts, weight.removesuffix(".weight"), bits)
+
+
 def sizes(directory: str | os.PathLike[str], config: Mapping[str, Any]) -> dict[str, float]:
     """What `reader.sizes` says, of a packed checkpoint: it takes the same bytes with zeros and without.
 
@@ -92,14 +133,12 @@ def sizes(directory: str | os.PathLike[str], config: Mapping[str, Any]) -> dict[
     }
 
 
-def _sparsity(names: Mapping[str, object], read: "Callable[[str], Tensor]", quantization: Mapping[str, Any]) -> float:
+def _sparsity(names: Iterable[str], read: "Callable[[str], Tensor]", quantization: Mapping[str, Any]) -> float:
     """The fraction of zeros in the packed weights."""
-    [bits] = {group["weights"]["num_bits"] for group in quantization["config_groups"].values() if group["weights"]}
+    bits = width(quantization)
     zeros = weights = 0
-    for name in names:
-        if name.endswith(_PACKED):
-            shape = read(name.removesuffix("packed") + "shape").flatten().tolist()
-            integers = pack_quantized.unpack(read(name), bits, torch.Size(shape))
-            zeros += integers.numel() - int(integers.count_nonzero())
-            weights += integers.numel()
+    for weight in weights_in(names):
+        integers = read_integers(read, weight, bits)
+        zeros += integers.numel() - int(integers.count_nonzero())
+        weights += integers.numel()
     return zeros / weights

@@ -9,7 +9,6 @@ import torch
 
 from efx_plugin.checkpoint import fit, model_weights, packed, quantized
 from efx_plugin.checkpoint.config import sparsity_of
-from efx_plugin.checkpoint.formats import pack_quantized
 from efx_plugin.checkpoint.formats.protocol import SHAPE, Layout
 from efx_plugin.checkpoint.formats.registry import decompress, dense_layout, find_format, part_names
 from efx_plugin.checkpoint.storage import safetensors_file
@@ -164,7 +163,7 @@ def sizes(directory: str | os.PathLike[str]) -> dict[str, float]:
         SparseCheckpointError: the directory is neither a sparse checkpoint nor a packed one, or is inconsistent.
     """
     config = read_config(directory)
-    if sparsity_of(config) is None and config.get("quantization_config", {}).get("format") == pack_quantized.NAME:
+    if packed.is_packed(config):
         return packed.sizes(directory, config)
     linears = linear_bytes(directory)
     return {

@@ -4,14 +4,24 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from efx_plugin.checkpoint import fit, model_weights
+import torch
+
+from efx_plugin.checkpoint import fit, model_weights, packed, quantized
 from efx_plugin.checkpoint.codec import bits
-from efx_plugin.checkpoint.reader import expand_weight, group_parts, read_dense_layout, read_sparsity_config
+from efx_plugin.checkpoint.formats import pack_quantized
+from efx_plugin.checkpoint.formats.protocol import Layout
+from efx_plugin.checkpoint.reader import (
+    expand_weight,
+    group_parts,
+    read_config,
+    read_dense_layout,
+    read_sparsity_config,
+)
 from efx_plugin.checkpoint.storage import checksums, safetensors_file
 from efx_plugin.checkpoint.storage.prefetch import map_ahead
 from efx_plugin.errors import SparseCheckpointError
@@ -44,6 +54,7 @@ class Summary:
     Attributes:
         parameters: of the whole model, zeros included.
         bytes_dense, bytes_on_disk: of all weights.
+        bits_per_weight: of the compressed weights on disk, with masks and scales; zeros count as weights.
         checksums: "absent", "not checked" or "match".
     """
 
@@ -53,6 +64,7 @@ class Summary:
     parameters: int
     bytes_dense: int
     bytes_on_disk: int
+    bits_per_weight: float
     weights: list[CompressedWeight]
     checksums: str
 
@@ -85,27 +97,26 @@ class Summary:
 
 
 def summarize(directory: str | os.PathLike[str], *, verify: bool = False) -> Summary:
-    """Look into a sparse checkpoint: every compressed weight is read, checked and expanded, and its zeros are counted.
+    """Look into a checkpoint of pruned weights: every weight of them is read, checked and expanded, and its zeros are
+    counted. They are stored sparsely, or with few bits each and zeros and all, see `packed`.
 
     Zeros that a format stores, as sparse-24-bitmask does where four weights have fewer than two non-zeros, are zeros.
 
     Args:
-        directory: a local sparse checkpoint.
+        directory: a local checkpoint.
         verify: compare with the model of config.json, read the other tensors and compare checksums as well.
 
     Raises:
         SparseCheckpointError: anything that was looked at is missing, corrupt or inconsistent.
     """
     directory = Path(directory)
-    format_name = read_sparsity_config(directory)["format"]
-    layout = read_dense_layout(directory)
     index = safetensors_file.read_index(directory)
-    compressed = group_parts(index)
-    if not compressed:
-        raise SparseCheckpointError(f"{directory} says that it is {format_name}, but no weight in it is compressed")
+    contents = (_packed if packed.is_packed(read_config(directory)) else _sparse)(directory, index)
+    if not contents.weights:
+        raise SparseCheckpointError(f"{directory} says that it is {contents.format}, but no weight in it is compressed")
 
     def look(name: str) -> CompressedWeight:
-        weight = expand_weight(directory, index, compressed[name], format_name)
+        weight = contents.read(name)
         mask = bits.nonzero_mask(weight.reshape(-1, weight.shape[-1]))
         nonzeros = int(bits.row_counts(mask).sum())
         layer, projection = place(name.removesuffix(".weight"))
@@ -113,21 +124,76 @@ def summarize(directory: str | os.PathLike[str], *, verify: bool = False) -> Sum
         return CompressedWeight(name, layer, projection, weight.numel(), weight.numel() - nonzeros, is_24)
 
     if verify:
-        fit.check_fit(model_weights.skeleton(model_weights.read_model_config(directory)), layout, directory)
-    weights = list(map_ahead(look, compressed))
+        skeleton = model_weights.skeleton(model_weights.read_model_config(directory))
+        fit.check_fit(skeleton, contents.layout, directory)
+    weights = list(map_ahead(look, contents.weights))
+    modules = {name.removesuffix(".weight") for name in contents.weights}
+    theirs = [name for name in index if name.rpartition(".")[0] in modules and not name.endswith(".bias")]
     if verify:
-        for name in layout.keys() - compressed.keys():
+        for name in contents.layout.keys() - set(contents.weights):
             safetensors_file.read_tensor(directory, index[name])
-    dtype, _ = layout[weights[0].name]
     return Summary(
         directory=str(directory),
-        format=format_name,
-        dtype=str(dtype).removeprefix("torch."),
-        parameters=sum(math.prod(shape) for _, shape in layout.values()),
-        bytes_dense=sum(safetensors_file.nbytes(*described) for described in layout.values()),
+        format=contents.format,
+        dtype=contents.dtype,
+        parameters=sum(
+            math.prod(shape) for name, (_, shape) in contents.layout.items() if not quantized.is_parameter(name)
+        ),
+        bytes_dense=contents.bytes_dense,
         bytes_on_disk=sum(stored.nbytes for stored in index.values()),
+        bits_per_weight=8 * sum(index[name].nbytes for name in theirs) / sum(weight.size for weight in weights),
         weights=sorted(weights, key=lambda weight: (weight.layer is None, weight.layer, weight.projection)),
         checksums=checksums.check(directory) if verify else checksums.status(directory),
+    )
+
+
+class _Contents(NamedTuple):
+    """Attributes:
+    dtype: of the weights, by its name.
+    weights: the names of those that are compressed.
+    read: one of them.
+    layout: dtype and shape of every tensor by its dense name.
+    """
+
+    format: str
+    dtype: str
+    weights: list[str]
+    read: Callable[[str], torch.Tensor]
+    layout: Layout
+    bytes_dense: int
+
+
+def _sparse(directory: Path, index: Mapping[str, safetensors_file.StoredTensor]) -> _Contents:
+    format_name = read_sparsity_config(directory)["format"]
+    layout, compressed = read_dense_layout(directory), group_parts(index)
+    dtype = next((str(layout[name][0]).removeprefix("torch.") for name in compressed), "")
+
+    def read(name: str) -> torch.Tensor:
+        return expand_weight(directory, index, compressed[name], format_name)
+
+    bytes_dense = sum(safetensors_file.nbytes(*described) for described in layout.values())
+    return _Contents(format_name, dtype, list(compressed), read, layout, bytes_dense)
+
+
+def _packed(directory: Path, index: Mapping[str, safetensors_file.StoredTensor]) -> _Contents:
+    width = packed.width(read_config(directory)["quantization_config"])
+    weights = packed.weights_in(index)
+
+    def stored(name: str) -> torch.Tensor:
+        return safetensors_file.read_tensor(directory, index[name])
+
+    layout: Layout = {name: (one.dtype, one.shape) for name, one in index.items()}
+    for name in weights:
+        del layout[f"{name}_packed"]
+        layout[name] = (torch.int8, tuple(stored(f"{name}_shape").flatten().tolist()))
+    every = sum(one.nbytes for one in index.values())
+    return _Contents(
+        pack_quantized.NAME,
+        f"int{width}",
+        weights,
+        lambda name: packed.read_integers(stored, name, width),
+        layout,
+        every,
     )
 
 

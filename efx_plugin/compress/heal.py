@@ -44,9 +44,9 @@ def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
         EfxError: the inputs are unfit, or healing has not helped; nothing is written then.
     """
     request = request.checked()
-    structure = read_sparsity_config(request.model)["format"]
     if of_config(read_config(request.model), request.model) is not None:
         raise EfxError(f"{request.model} is quantized, and integers cannot be trained: heal it before quantization")
+    structure = read_sparsity_config(request.model)["format"]
     tokenizer = AutoTokenizer.from_pretrained(request.model)
     model = load_sparse(request.model)
     if not model.can_generate():

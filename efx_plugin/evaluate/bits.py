@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from efx_plugin.checkpoint import quantized
-from efx_plugin.checkpoint.formats.pack_quantized import unpack
+from efx_plugin.checkpoint.packed import read_integers
 from efx_plugin.checkpoint.reader import (
     expand_weight,
     group_parts,
@@ -90,11 +90,11 @@ def served(directory: Path) -> float:
 
 def _pack_int4(directory: Path, index: dict[str, safetensors_file.StoredTensor], module: str) -> PackedWeight | None:
     """A weight of four bits as vLLM gets it from us; None where it stays dense."""
-    words, shape, scales = (
-        safetensors_file.read_tensor(directory, index[f"{module}.{part}"])
-        for part in (_PACKED, "weight_shape", "weight_scale")
-    )
-    weight = unpack(words, 4, torch.Size(shape.tolist()))
+
+    def read(name: str) -> torch.Tensor:
+        return safetensors_file.read_tensor(directory, index[name])
+
+    weight, scales = read_integers(read, f"{module}.weight", 4), read(f"{module}.weight_scale")
     if why_dense(weight, scales.float(), scales.dtype):
         return None
     return pack(weight, scales=scales.float(), dtype=scales.dtype)

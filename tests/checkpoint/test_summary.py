@@ -5,10 +5,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from efx_plugin.checkpoint import read_sparsity_config, save_sparse
+from efx_plugin.checkpoint.reader import sizes
 from efx_plugin.checkpoint.storage.checksums import FILE
 from efx_plugin.checkpoint.summary import summarize
 from efx_plugin.errors import SparseCheckpointError
+from efx_plugin.evaluate import bits
 from efx_plugin.plots import sparsity_heat_map
+from tests.checkpoint.test_quantized import INT8, make_model, quantize
 from tests.support.tiny_llama import tiny_llama
 
 
@@ -45,6 +48,7 @@ def test_the_summary_counts_what_the_model_holds(saved):
     assert summary.parameters == sum(p.numel() for p in model.parameters())
     assert summary.bytes_dense == 4 * summary.parameters
     assert summary.bytes_on_disk < summary.bytes_dense
+    assert summary.bits_per_weight == pytest.approx(bits.stored(directory))
     assert summary.two_of_four == (structure == "2:4")
     assert (summary.format, summary.dtype) == (
         "sparse-24-bitmask" if structure == "2:4" else "sparse-bitmask",
@@ -111,3 +115,36 @@ def test_zeros_among_the_values_are_zeros(tmp_path):
     save_file(tensors, tmp_path / "sparse" / "model.safetensors", metadata={"format": "pt"})
     after = summarize(tmp_path / "sparse")
     assert sum(one.zeros for one in after.weights) - sum(one.zeros for one in before.weights) == 10
+
+
+@pytest.fixture
+def four_bits(tmp_path):
+    """A pruned model with packed weights of four bits, and its directory."""
+    model = quantize(make_model(), {"weights": INT8 | {"num_bits": 4}})
+    save_sparse(model, tmp_path / "packed", progress=False)
+    return model, tmp_path / "packed"
+
+
+def test_packed_weights_are_summarized_with_their_zeros(four_bits):
+    model, directory = four_bits
+    summary = summarize(directory, verify=True)
+    weights = {name: p for name, p in model.named_parameters() if name.endswith("_proj.weight")}
+    assert {weight.name for weight in summary.weights} == set(weights)
+    for weight in summary.weights:
+        assert weight.size == weights[weight.name].numel()
+        assert weight.zeros >= int((weights[weight.name] == 0).sum()) > 0  # small ones are rounded to zero
+    assert (summary.format, summary.dtype, summary.checksums) == ("pack-quantized", "int4", "match")
+    plain = make_model()
+    assert summary.parameters == sum(p.numel() for p in plain.parameters())
+    assert summary.bytes_on_disk == summary.bytes_dense
+    assert summary.sparsity == pytest.approx(sizes(directory)["sparsity"])
+    assert summary.bits_per_weight == pytest.approx(bits.stored(directory))
+
+
+def test_a_packed_weight_that_disagrees_with_its_shape_is_refused(four_bits):
+    _, directory = four_bits
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight_shape"] += 8
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SparseCheckpointError, match=r"up_proj\.weight_shape declares \[104, 56\], but"):
+        summarize(directory)
