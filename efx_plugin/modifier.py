@@ -78,7 +78,9 @@ class EfficientXpertModifier(PruningArguments, Modifier):
             weights, a scale for each 128 of a row; for 64 or 32 where 128 do not divide it). None leaves them as they
             are.
         preserve_sparsity_mask: prune nothing anew, quantize a model that is sparse already, after training under a mask
-            perhaps: the zeros that its layers have stay, and the arguments that choose and repair are without effect.
+            perhaps. The zeros that its layers have stay, and the arguments that choose them are without effect. With
+            `dense_targets` kept weights make up for the rounding of earlier blocks as well (after GPTAQ, arXiv
+            2504.02692); without, there is nothing to repair.
 
     Attributes:
         report: after `oneshot`, what became of each layer.
@@ -127,10 +129,8 @@ class EfficientXpertModifier(PruningArguments, Modifier):
         plans = plan_blocks(state.model, self, kwargs.get("sequential_targets"))
         self._layers = {layer.name: layer for plan in plans for layer in plan.layers}
         model: Any = inner_model(state.model)
-        arguments: PruningArguments = self
         fisher = None
         if self.preserve_sparsity_mask:
-            arguments = self.model_copy(update={"repair": "none"})
             self._sparsities = _present_sparsities(self._layers)
         else:
             fisher = self._measure_fisher(model, state.data.calib)
@@ -138,7 +138,10 @@ class EfficientXpertModifier(PruningArguments, Modifier):
             if self.allocation == "layer":
                 assert fisher is not None  # else it has been refused
                 self._sparsities = allocate_over_blocks(plans, self, fisher.sensitivities, fisher.energies)
-            self._dense = self._dense_stream(model, plans, state.data.calib)
+        self._dense = self._dense_stream(model, plans, state.data.calib)
+        arguments: PruningArguments = self
+        if self.preserve_sparsity_mask and self._dense is None:
+            arguments = self.model_copy(update={"repair": "none"})
         grids = None
         if self.quantization is not None:
             grids = plan_grids(plans, self.quantization)

@@ -111,12 +111,13 @@ def default_recipe(
 
 
 def quantizing_recipe(quantization: str) -> RecipeText:
-    """The recipe that quantizes a sparse model and prunes nothing anew.
+    """The recipe that quantizes a sparse model and prunes nothing anew, its layers fitted halfway to the outputs of
+    the model as it was.
 
     Raises:
         UsageError: there is no such quantization.
     """
-    arguments = {"preserve_sparsity_mask": "true", **_quantization(quantization)}
+    arguments = {"preserve_sparsity_mask": "true", "dense_targets": "0.5", **_quantization(quantization)}
     return _of_modifier("the recipe of efx quantize", "quantize", arguments)
 
 

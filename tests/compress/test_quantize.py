@@ -14,7 +14,7 @@ from efx_plugin.checkpoint import load_sparse
 from efx_plugin.checkpoint.reader import read_config, sizes
 from efx_plugin.compress import quantize
 from efx_plugin.compress.quantize import quantize_to_checkpoint
-from efx_plugin.compress.recipe import quantizing_recipe
+from efx_plugin.compress.recipe import find_recipe, quantizing_recipe
 from efx_plugin.compress.request import QuantizeRequest
 from efx_plugin.errors import EfxError, UsageError
 from efx_plugin.modifier import EfficientXpertModifier
@@ -80,6 +80,28 @@ def test_the_checkpoint_names_its_scheme_and_where_it_comes_from(quantized):
         json.loads((output / "provenance.json").read_text())["calibration"]
         == "8 sequences of 32 tokens from domain.txt"
     )
+
+
+def test_kept_weights_make_up_for_the_rounding_of_earlier_blocks(expert, tmp_path):
+    """The recipe's `dense_targets` bring the outputs of the last block nearer to those before quantization."""
+    ids = torch.tensor([tiny_tokenizer()(line).input_ids[:32] for line in lines(expert)[:8]])
+    wanted, errors = last_hidden_states(load_sparse(expert), ids), []
+    for share in ("0.5", "0"):
+        request = request_for(expert, tmp_path / share, "W4A16")
+        text = request.recipe.text.replace("dense_targets: 0.5", f"dense_targets: {share}")
+        (tmp_path / f"{share}.yaml").write_text(text)
+        quantize_to_checkpoint(replace(request, recipe=find_recipe(str(tmp_path / f"{share}.yaml"))))
+        errors.append(float((last_hidden_states(load("W4A16", request.output), ids) - wanted).norm()))
+    assert errors[0] < errors[1]
+
+
+@torch.no_grad()
+def last_hidden_states(model, ids):
+    return model.model(ids).last_hidden_state.float()
+
+
+def lines(expert):
+    return expert.with_name("domain.txt").read_text().splitlines()
 
 
 def test_what_cannot_be_quantized_is_refused(expert, quantized, tmp_path):
