@@ -8,6 +8,7 @@ is not done again.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import shutil
@@ -19,7 +20,7 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from efx_plugin.checkpoint.storage.hashes import file_hash
+from efx_plugin.checkpoint.storage.hashes import directory_hash, file_hash
 from efx_plugin.compress.calibration import sequences, start_of_text, tokens_of
 from efx_plugin.compress.documents import Document
 from efx_plugin.evaluate.cell import Cell, Data
@@ -202,7 +203,9 @@ def domain_adapter(budget: Budget, name: str, model: Path, domain: str, data: Da
         (partial / "learning_rates.json").write_text(json.dumps({str(rate): ppl for rate, ppl in found.items()}))
 
     rates = "-".join(f"{rate:g}" for rate in budget.learning_rates)
-    key = f"{name}-{domain}-{budget.training_tokens}x{budget.length}-{rates}-{file_hash(data.training)[:8]}"
+    files = hashlib.sha256(json.dumps(directory_hash(model)).encode()).hexdigest()
+    inputs = f"{file_hash(data.training)[:8]}-{files[:8]}"
+    key = f"{name}-{domain}-{budget.training_tokens}x{budget.length}-{rates}-{inputs}"
     return make_once(output / "adapters" / key, build)
 
 

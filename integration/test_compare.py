@@ -1,8 +1,10 @@
 """The domain benchmark on a tiny model: what it asks for, what it writes, and that nothing is done twice."""
 
 import json
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from integration import compare
 from integration.assets import families
@@ -80,6 +82,18 @@ def test_the_adapter_has_the_learning_rate_that_validates_best(output, report):
     assert [folder.name.split("-")[1] for folder in folders] == ["health", "legal"]
     for folder in folders:
         assert list(json.loads((folder / "learning_rates.json").read_text())) == ["0.001"]
+
+
+def test_another_model_of_the_same_name_gets_an_adapter_of_its_own(output, tmp_path, monkeypatch):
+    data = compare.domain_data(TINY, "legal", output)
+    other = shutil.copytree(compare.MODELS["tiny"](), tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    here, there = (
+        compare.domain_adapter(TINY, "tiny", model, "legal", data, output)
+        for model in (compare.MODELS["tiny"](), other)
+    )
+    assert here != there and there.is_dir()
 
 
 def test_quick_mode_asks_every_pipeline_in_both_domains(output):
