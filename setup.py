@@ -100,7 +100,10 @@ setup(
         "efx_plugin.recipes": ["*.yaml"],
     },
     cmdclass={"build_ext": BuildLibraries},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},  # one wheel for Python 3.11 and later
+    options={
+        "bdist_wheel": {"py_limited_api": "cp311"},  # one wheel for Python 3.11 and later
+        "build_ext": {"parallel": True},  # both libraries at once, so that neither's last file leaves a core idle
+    },
     ext_modules=[
         library(
             "efx_plugin.checkpoint.codec.native._bits",
