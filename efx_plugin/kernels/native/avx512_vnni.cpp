@@ -25,7 +25,8 @@ struct Shuffled : Registers {
             rows[i] = _mm_unpacklo_epi8(pairs, _mm_srli_epi16(pairs, 4));
             values += __builtin_popcountll(kept);
         });
-        return join(rows);
+        return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(rows[1], rows[0])),
+                                  _mm256_set_m128i(rows[3], rows[2]), 1);
     }
 };
 

@@ -20,21 +20,23 @@ EFX_INLINE inline __m128i expand_sixteen(uint32_t mask, const int8_t* values) {
                             _mm_add_epi8(_mm_castps_si128(both), offsets));
 }
 
-#ifdef __AVX512F__
-EFX_INLINE inline __m512i join(const __m128i* four) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(four[1], four[0])),
-                              _mm256_set_m128i(four[3], four[2]), 1);
-}
-
-// Sixty-four.
+#ifdef __AVX512BW__
+// Sixty-four, sixteen by sixteen: no table, for each byte counts in its register how many are kept before it.
 EFX_INLINE inline __m512i expand_sixty_four(uint64_t mask, const int8_t* values) {
-    __m128i parts[4];
-    unroll<4>([&](auto i) EFX_INLINE {
-        const uint32_t kept = mask >> 16 * i & 0xFFFF;
-        parts[i] = expand_sixteen(kept, values);
-        values += __builtin_popcount(kept);
-    });
-    return join(parts);
+    __m512i kept = _mm512_movm_epi8(mask);  // -1 for a byte that is kept
+    kept = _mm512_add_epi8(kept, _mm512_bslli_epi128(kept, 1));
+    kept = _mm512_add_epi8(kept, _mm512_bslli_epi128(kept, 2));
+    kept = _mm512_add_epi8(kept, _mm512_bslli_epi128(kept, 4));
+    kept = _mm512_add_epi8(kept, _mm512_bslli_epi128(kept, 8));           // -n for the n-th of sixteen
+    const __m512i places = _mm512_xor_si512(kept, _mm512_set1_epi8(-1));  // n - 1
+    const auto load = [&](uint64_t before) EFX_INLINE {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + __builtin_popcountll(before)));
+    };
+    __m512i four = _mm512_castsi128_si512(load(0));
+    four = _mm512_mask_broadcast_i32x4(four, 0x00F0, load(mask & 0xFFFF));
+    four = _mm512_mask_broadcast_i32x4(four, 0x0F00, load(mask & 0xFFFF'FFFF));
+    four = _mm512_mask_broadcast_i32x4(four, 0xF000, load(mask & 0xFFFF'FFFF'FFFF));
+    return _mm512_maskz_shuffle_epi8(mask, four, places);
 }
 #endif
 
