@@ -356,9 +356,8 @@ def test_quantize_keeps_the_zeros_of_a_sparse_checkpoint(sparse, text, tmp_path,
     summary = json.loads(efx("inspect", tmp_path / "small", "--verify", "--json").stdout)
     assert summary["sparsity"] == pytest.approx(found["sparsity"])
     assert summary["dtype"] == f"int{scheme[1]}"
-    assert_refused(
-        efx("heal", tmp_path / "small", tmp_path / "other", "--dataset", text), tmp_path / "other", "quantized"
-    )
+    healing = efx("heal", tmp_path / "small", tmp_path / "other", "--dataset", text)
+    assert_refused(healing, tmp_path / "other", "is quantized, and integers cannot be trained")
     options[3] = "W2"
     assert_refused(efx("quantize", expert, tmp_path / "other", *options), tmp_path / "other", "W2 is none of", code=2)
 

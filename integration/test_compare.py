@@ -84,16 +84,14 @@ def test_the_adapter_has_the_learning_rate_that_validates_best(output, report):
         assert list(json.loads((folder / "learning_rates.json").read_text())) == ["0.001"]
 
 
-def test_another_model_of_the_same_name_gets_an_adapter_of_its_own(output, tmp_path, monkeypatch):
-    data = compare.domain_data(TINY, "legal", output)
-    other = shutil.copytree(compare.MODELS["tiny"](), tmp_path / "other")
+def test_another_model_of_the_same_name_gets_an_adapter_of_its_own(tmp_path):
+    data = compare.domain_data(TINY, "legal", tmp_path)
+    one = save_tiny_llama(tmp_path / "one")
+    other = shutil.copytree(one, tmp_path / "other")
     weights = load_file(other / "model.safetensors")
     save_file({name: weight + 1 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
-    here, there = (
-        compare.domain_adapter(TINY, "tiny", model, "legal", data, output)
-        for model in (compare.MODELS["tiny"](), other)
-    )
-    assert here != there and there.is_dir()
+    here, there = (compare.domain_adapter(TINY, "tiny", model, "legal", data, tmp_path) for model in (one, other))
+    assert here != there and here.is_dir() and there.is_dir()
 
 
 def test_quick_mode_asks_every_pipeline_in_both_domains(output):

@@ -111,7 +111,9 @@ def summarize(directory: str | os.PathLike[str], *, verify: bool = False) -> Sum
     """
     directory = Path(directory)
     index = safetensors_file.read_index(directory)
-    contents = (_packed if packed.is_packed(read_config(directory)) else _sparse)(directory, index)
+    config = read_config(directory)
+    is_packed = packed.is_packed(config)
+    contents = _packed(directory, index, config["quantization_config"]) if is_packed else _sparse(directory, index)
     if not contents.weights:
         raise SparseCheckpointError(f"{directory} says that it is {contents.format}, but no weight in it is compressed")
 
@@ -148,11 +150,13 @@ def summarize(directory: str | os.PathLike[str], *, verify: bool = False) -> Sum
 
 
 class _Contents(NamedTuple):
-    """Attributes:
-    dtype: of the weights, by its name.
-    weights: the names of those that are compressed.
-    read: one of them.
-    layout: dtype and shape of every tensor by its dense name.
+    """What a checkpoint has of compressed weights, however they are stored.
+
+    Attributes:
+        dtype: of the weights, by its name.
+        weights: the names of those that are compressed.
+        read: one of them.
+        layout: dtype and shape of every tensor by its dense name.
     """
 
     format: str
@@ -175,9 +179,10 @@ def _sparse(directory: Path, index: Mapping[str, safetensors_file.StoredTensor])
     return _Contents(format_name, dtype, list(compressed), read, layout, bytes_dense)
 
 
-def _packed(directory: Path, index: Mapping[str, safetensors_file.StoredTensor]) -> _Contents:
-    width = packed.width(read_config(directory)["quantization_config"])
-    weights = packed.weights_in(index)
+def _packed(
+    directory: Path, index: Mapping[str, safetensors_file.StoredTensor], quantization: Mapping[str, Any]
+) -> _Contents:
+    width, weights = packed.width(quantization), packed.weights_in(index)
 
     def stored(name: str) -> torch.Tensor:
         return safetensors_file.read_tensor(directory, index[name])
@@ -186,15 +191,12 @@ def _packed(directory: Path, index: Mapping[str, safetensors_file.StoredTensor])
     for name in weights:
         del layout[f"{name}_packed"]
         layout[name] = (torch.int8, tuple(stored(f"{name}_shape").flatten().tolist()))
-    every = sum(one.nbytes for one in index.values())
-    return _Contents(
-        pack_quantized.NAME,
-        f"int{width}",
-        weights,
-        lambda name: packed.read_integers(stored, name, width),
-        layout,
-        every,
-    )
+
+    def read(name: str) -> torch.Tensor:
+        return packed.read_integers(stored, name, width)
+
+    bytes_dense = sum(one.nbytes for one in index.values())
+    return _Contents(pack_quantized.NAME, f"int{width}", weights, read, layout, bytes_dense)
 
 
 def place(name: str) -> tuple[int | None, str]:
