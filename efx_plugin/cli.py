@@ -191,6 +191,9 @@ def heal(
     tokens: Annotated[
         int, typer.Option(help="Tokens to train on, once; a tenth as many more are held out as a check.", min=2)
     ] = HealRequest.tokens,
+    generate: Annotated[
+        int, typer.Option(help="Tokens that the teacher writes in the manner of the text, to train on as well.", min=0)
+    ] = HealRequest.generate,
     length: Annotated[int, typer.Option(help="Tokens per sequence.", min=2)] = HealRequest.length,
     learning_rate: Annotated[float, typer.Option(help="At its peak.", min=0)] = HealRequest.learning_rate,
     batch_size: Annotated[int, typer.Option(help="Sequences of a step.", min=1)] = HealRequest.batch_size,
@@ -213,6 +216,7 @@ def heal(
         dataset,
         text_field=text_field,
         tokens=tokens,
+        generate=generate,
         length=length,
         learning_rate=learning_rate,
         batch_size=batch_size,

@@ -1,6 +1,7 @@
 """From a sparse checkpoint to a better one with the same zeros: what `efx heal` runs."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from loguru import logger
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -19,15 +21,18 @@ from efx_plugin.checkpoint.reader import read_config, sizes
 from efx_plugin.checkpoint.storage import shards
 from efx_plugin.checkpoint.storage.atomic import refuse_full
 from efx_plugin.checkpoint.storage.hashes import directory_hash, file_hash
-from efx_plugin.compress.calibration import calibration_set
+from efx_plugin.compress.calibration import calibration_set, start_of_text
 from efx_plugin.compress.request import HealRequest
+from efx_plugin.engine.compute_dtype import choose_for, computed_in
 from efx_plugin.errors import EfxError
 from efx_plugin.model.loading import inspect_sources, vocabulary_size
+from efx_plugin.training.generation import write_sequences
 from efx_plugin.training.healing import heal
 
 _HELD_OUT = 0.1  # of the training sequences as many more, which say whether healing has helped
 _BYTES = 12  # of a weight in a checkpoint: itself in float32, and two averages of AdamW
 _REQUEST = "request.json"
+_WRITTEN = "written.safetensors"
 
 
 def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
@@ -73,16 +78,21 @@ def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
     teacher = None if request.teacher is None else _teacher(request.teacher, request.adapter, model)
     refuse_full(request.output, 2 * _BYTES * model.num_parameters())  # the last goes when the next is complete
     folder = _working_folder(request)
+    text, validation = ids[:-held_out], ids[-held_out:]
+    written = None
     with _removed_without_checkpoint(folder):
+        if teacher is not None and request.generate:
+            written = _written(teacher, text, request, start_of_text(tokenizer), folder)
         healed = heal(
             model,
-            ids[:-held_out],
-            ids[-held_out:],
+            text,
+            validation,
             learning_rate=request.learning_rate,
             batch_size=request.batch_size,
             folder=folder,
             seed=request.seed,
             teacher=teacher,
+            written=written,
         )
     if not healed.after < healed.before:
         shutil.rmtree(folder)
@@ -95,26 +105,53 @@ def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
         request.output,
         structure=structure,
         companions=shards.companions(request.model),
-        metadata={"healing": f"{healed.tokens:,} tokens from {request.dataset_name}"},
+        metadata={"healing": _provenance(text, request.dataset_name, written)},
         progress=request.progress,
     )
     shutil.rmtree(folder)
     return {"output": str(request.output), **sizes(request.output), **asdict(healed)}
 
 
+def _written(
+    teacher: PreTrainedModel, text: torch.Tensor, request: HealRequest, start: int | None, folder: Path
+) -> torch.Tensor:
+    """Sequences that the teacher writes, int64 [n, length]; kept in `folder`, so that a run that goes on finds them."""
+    path = folder / _WRITTEN
+    if not path.is_file():
+        count = math.ceil(request.generate / request.length)
+        with computed_in(teacher, choose_for(teacher).dtype):
+            ids = write_sequences(teacher, text, count, start=start, seed=request.seed, progress=request.progress)
+        unfinished = path.with_suffix(".unfinished")
+        save_file({"input_ids": ids}, unfinished)
+        unfinished.replace(path)
+    return load_file(path)["input_ids"]
+
+
+def _provenance(text: torch.Tensor, named: str, written: torch.Tensor | None) -> str:
+    own = f"{text.numel():,} tokens from {named}"
+    return own if written is None else f"{own} and {written.numel():,} that the dense expert wrote"
+
+
 def _teacher(directory: Path, adapter: Path | None, model: PreTrainedModel) -> PreTrainedModel:
     """The dense expert.
 
     Raises:
-        EfxError: it cannot be loaded, or has another vocabulary than the model.
+        EfxError: it cannot be loaded, predicts no text, or has another vocabulary than the model.
     """
     teacher = inspect_sources(directory, adapter).load_merged()
+    if not teacher.can_generate():
+        raise EfxError(
+            f"the teacher {directory} is a {type(teacher).__name__}, which predicts no text: pass the dense expert"
+        )
     here, there = vocabulary_size(model), vocabulary_size(teacher)
     if here != there:
         raise EfxError(
             f"the teacher {directory} has {there} tokens and the sparse model {here}: pass the dense expert that "
             "it was pruned from"
         )
+    if torch.accelerator.is_available():
+        inner: torch.nn.Module = teacher
+        inner.to(torch.accelerator.current_accelerator())
     return teacher
 
 
@@ -159,6 +196,7 @@ def _key(request: HealRequest) -> dict[str, Any]:
         "dataset": file_hash(dataset) if dataset.is_file() else request.dataset,
         "text_field": request.text_field,
         "tokens": request.tokens,
+        "generate": request.generate,
         "length": request.length,
         "learning_rate": request.learning_rate,
         "batch_size": request.batch_size,

@@ -78,11 +78,12 @@ class HealRequest(_OnText):
         model: directory of a sparse checkpoint with its tokenizer.
         output: directory to write; it must not exist.
         dataset, text_field: text of the domain, see `PruneRequest`.
-        tokens: that are trained on, once; a tenth as many more are held out.
+        tokens: of the text that are trained on, once; a tenth as many more are held out.
+        generate: tokens that the teacher writes, to be trained on as well; see `write_sequences`.
         length: tokens of a sequence.
         learning_rate: at its peak.
         batch_size: sequences of a step.
-        seed: of the order of the sequences.
+        seed: of the order of the sequences, and of what the teacher writes.
         teacher: directory of the dense expert, or of the model that `adapter` makes one; None for text alone.
         adapter: directory of a LoRA adapter for the teacher; None for none.
         progress: show a progress bar while writing.
@@ -93,6 +94,7 @@ class HealRequest(_OnText):
     dataset: str
     text_field: str | None = None
     tokens: int = 60_000
+    generate: int = 0
     length: int = 512
     learning_rate: float = 2e-4
     batch_size: int = 2
@@ -113,6 +115,8 @@ class HealRequest(_OnText):
             raise UsageError(
                 "--adapter makes an expert of the teacher: pass --teacher, the model it was trained on, too"
             )
+        if self.generate and self.teacher is None:
+            raise UsageError("--generate asks the teacher for text: pass --teacher, the dense expert, too")
         return replace(
             self,
             model=find_directory(self.model, "a sparse model"),

@@ -4,7 +4,8 @@ Each linear layer that has zeros computes with its masked weight, whose gradient
 Its kept weights are trained in float32 and rounded once at the end; all other parameters stay as they are.
 
 The loss is the cross-entropy of the text; with a teacher, the dense expert, half of it is the Kullback-Leibler
-divergence of the model's next-token distribution from the teacher's.
+divergence of the model's next-token distribution from the teacher's. On text that the teacher wrote it is that
+divergence alone, of which cross-entropy would be a noisy estimate.
 """
 
 import math
@@ -40,7 +41,8 @@ from efx_plugin.model.masked import install_mask, remove_mask
 # Bytes of a trained weight: itself in float32, its gradient, and two averages of AdamW.
 _BYTES = 16
 _CHECKPOINTS = 5  # in a run, besides the end
-_TEACHING = 0.5  # the teacher's part in the loss
+_TEACHING = 0.5  # the teacher's part in the loss on text that it did not write
+_NOT_PREDICTED = -100  # a label for which the loss counts nothing
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,9 @@ def heal(
     folder: Path,
     seed: int = 0,
     teacher: PreTrainedModel | None = None,
+    written: Tensor | None = None,
 ) -> Healed:
-    """Train the kept weights once over the training sequences, see `once_over`, in place.
+    """Train the kept weights once over the training and the written sequences, see `once_over`, in place.
 
     Args:
         model: a plain causal language model with zeros in its linear layers.
@@ -98,10 +101,15 @@ def heal(
         folder: for checkpoints of the Trainer; a run that finds one there goes on from it, and ends as it would have.
         seed: of the order of the sequences.
         teacher: a plain model with the same vocabulary; it stays as it is.
+        written: int64 [n, length] of token ids that the teacher wrote, see `write_sequences`; needs the teacher.
 
     Raises:
         EfxError: no linear layer of the decoder blocks has zeros, or the memory does not suffice.
     """
+    labels = training
+    if written is not None:
+        labels = torch.cat([training, torch.full_like(written, _NOT_PREDICTED)])
+        training = torch.cat([training, written])
     with _without_oneshot(model):
         layers = {layer.name: layer for layer in linears_in_blocks(model)}
         masks = {name: layer.base.weight.detach() != 0 for name, layer in layers.items()}
@@ -124,6 +132,7 @@ def heal(
                 learning_rate,
                 batch_size,
                 seed,
+                labels,
                 save_strategy="steps",
                 save_steps=math.ceil(len(training) / batch_size / _CHECKPOINTS),
                 save_total_limit=1,
@@ -138,7 +147,13 @@ def heal(
 
 
 def once_over(
-    sequences: Tensor, folder: Path, learning_rate: float, batch_size: int, seed: int, **more: Any
+    sequences: Tensor,
+    folder: Path,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+    labels: Tensor | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     """Arguments of a Trainer that trains once over sequences, int64 [n, length], in batches of `batch_size`, and tells
     nobody: the rate rises over the first tenth of the steps and falls to zero, both linearly.
@@ -147,6 +162,7 @@ def once_over(
         folder: for checkpoints.
         learning_rate: at its peak.
         seed: of the order of the sequences.
+        labels: int64 [n, length]; the sequences themselves where there are none.
         more: of `TrainingArguments`.
     """
     return {
@@ -163,7 +179,10 @@ def once_over(
             report_to="none",
             **more,
         ),
-        "train_dataset": [{"input_ids": sequence, "labels": sequence} for sequence in sequences],
+        "train_dataset": [
+            {"input_ids": sequence, "labels": label}
+            for sequence, label in zip(sequences, sequences if labels is None else labels, strict=True)
+        ],
         "data_collator": default_data_collator,
     }
 
@@ -183,19 +202,23 @@ class _Trainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:  # what the Trainer's own returns
-        found: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss, outputs = found
         if self._teacher is None:
-            return found if return_outputs else loss
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        ids, labels = inputs["input_ids"], inputs["labels"]
+        outputs = model(input_ids=ids, use_cache=False)
         with torch.no_grad():
-            wanted = self._teacher(input_ids=inputs["input_ids"], use_cache=False).logits
-        divergence = torch.zeros((), device=loss.device)
-        for ours, theirs in zip(outputs.logits, wanted, strict=True):  # one at a time: float32 logits are large
-            divergence = divergence + F.kl_div(
-                ours[:-1].float().log_softmax(-1), theirs[:-1].float().log_softmax(-1), reduction="sum", log_target=True
+            wanted = self._teacher(input_ids=ids, use_cache=False).logits
+        loss = torch.zeros((), device=ids.device)
+        for ours, theirs, label in zip(outputs.logits, wanted, labels, strict=True):  # float32 logits are large
+            predicted = ours[:-1].float().log_softmax(-1)
+            divergence = F.kl_div(
+                predicted, theirs[:-1].float().log_softmax(-1), reduction="batchmean", log_target=True
             )
-        tokens = wanted.shape[0] * (wanted.shape[1] - 1)
-        loss = (1 - _TEACHING) * loss + _TEACHING * divergence / tokens
+            if (label == _NOT_PREDICTED).all():
+                loss = loss + divergence / len(ids)
+            else:
+                text = F.nll_loss(predicted, label[1:])
+                loss = loss + ((1 - _TEACHING) * text + _TEACHING * divergence) / len(ids)
         return (loss, outputs) if return_outputs else loss
 
 

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from efx_plugin.checkpoint import load_sparse, read_sparsity_config, save_sparse
 from efx_plugin.checkpoint.reader import sizes
+from efx_plugin.compress import heal as heal_module
 from efx_plugin.compress.heal import heal_to_checkpoint
 from efx_plugin.compress.request import HealRequest
 from efx_plugin.engine.blocks import linears_in_blocks
@@ -145,12 +146,70 @@ def test_a_teacher_draws_the_model_to_what_it_predicts(request_to_heal, report, 
     assert distance(taught.output) < 0.9 * distance(request_to_heal.output)
 
 
+@pytest.fixture(scope="module")
+def teacher(request_to_heal, tmp_path_factory):
+    """One that knows the domain: the expert healed on it, stored dense."""
+    folder = tmp_path_factory.mktemp("teacher")
+    request = replace(request_to_heal, output=folder / "healed", tokens=1600, batch_size=1, learning_rate=1e-2)
+    heal_to_checkpoint(request)
+    load_sparse(request.output).save_pretrained(folder / "dense")
+    tiny_tokenizer().save_pretrained(folder / "dense")
+    return folder / "dense"
+
+
+def test_what_the_teacher_writes_helps_where_text_is_scarce(request_to_heal, teacher, tmp_path):
+    scarce = replace(request_to_heal, tokens=96, teacher=teacher)
+    alone = heal_to_checkpoint(replace(scarce, output=tmp_path / "alone"))
+    helped = heal_to_checkpoint(replace(scarce, output=tmp_path / "helped", generate=1270))
+    assert helped["tokens"] == 96 + 1280 and helped["before"] == alone["before"]
+    assert helped["after"] < 0.9 * alone["after"]
+    provenance = json.loads((tmp_path / "helped" / "provenance.json").read_text())
+    assert provenance["healing"] == "96 tokens from domain.txt and 1,280 that the dense expert wrote"
+    before, after = (load_sparse(path).state_dict() for path in (request_to_heal.model, tmp_path / "helped"))
+    assert not any(after[name][weight == 0].any() for name, weight in before.items() if "proj" in name)
+
+
+def test_a_run_that_goes_on_learns_from_the_text_that_was_written(request_to_heal, teacher, tmp_path, monkeypatch):
+    class Interrupted(healing.UnderMasks):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 11:
+                raise KeyboardInterrupt
+
+    request = replace(request_to_heal, output=tmp_path / "healed", teacher=teacher, tokens=640, generate=640)
+    with monkeypatch.context() as patch:
+        patch.setattr(healing, "UnderMasks", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            heal_to_checkpoint(request)
+    with monkeypatch.context() as patch:
+        patch.setattr(heal_module, "write_sequences", None)  # it is not written a second time
+        resumed = heal_to_checkpoint(request)
+    assert resumed == heal_to_checkpoint(replace(request, output=tmp_path / "again")) | {"output": str(request.output)}
+
+
+def test_of_what_the_teacher_wrote_only_its_predictions_count(request_to_heal, tmp_path):
+    """A model that predicts as the teacher does learns nothing from a text as the teacher's, and much from the same as
+    text of the domain."""
+    ids = torch.tensor([[3 + (first + step) % 125 for step in range(32)] for first in range(0, 120, 3)])
+    options = {"learning_rate": 3e-3, "batch_size": 2, "teacher": load_sparse(request_to_heal.model)}
+    expert = load_sparse(request_to_heal.model)
+    healed = healing.heal(expert, ids[:0], ids[-4:], written=ids[:-4], folder=tmp_path / "written", **options)
+    assert healed.after == pytest.approx(healed.before, rel=0.05)
+    healed = healing.heal(expert, ids[:-4], ids[-4:], folder=tmp_path / "text", **options)
+    assert healed.after < 0.8 * healed.before
+
+
 def test_a_teacher_with_another_vocabulary_is_refused(request_to_heal, tmp_path):
     save_tiny_llama(tmp_path / "teacher", vocab_size=140)
     with pytest.raises(EfxError, match="has 140 tokens and the sparse model 128: pass the dense expert that it was"):
         heal_to_checkpoint(replace(request_to_heal, output=tmp_path / "taught", teacher=tmp_path / "teacher"))
     with pytest.raises(UsageError, match="--adapter makes an expert of the teacher: pass --teacher"):
         heal_to_checkpoint(replace(request_to_heal, output=tmp_path / "taught", adapter=tmp_path / "teacher"))
+    with pytest.raises(UsageError, match="--generate asks the teacher for text: pass --teacher, the dense expert, too"):
+        heal_to_checkpoint(replace(request_to_heal, output=tmp_path / "taught", generate=64))
+    LlamaForSequenceClassification(tiny_llama().config).save_pretrained(tmp_path / "classifier")
+    tiny_tokenizer().save_pretrained(tmp_path / "classifier")
+    with pytest.raises(EfxError, match="is a LlamaForSequenceClassification, which predicts no text"):
+        heal_to_checkpoint(replace(request_to_heal, output=tmp_path / "taught", teacher=tmp_path / "classifier"))
 
 
 def test_the_structure_stays(request_to_heal, tmp_path):

@@ -1,0 +1,56 @@
+"""Text of the domain that the dense expert writes by itself, for a pruned model to learn from where text is scarce.
+
+Sampled from the model's own distribution, at temperature 1 and from the whole vocabulary, it is where the expert knows
+best what comes next, it is never the same twice, and it costs the user no document. (Text that a model writes is used
+for calibration in arXiv 2410.17170, to train a quantized model in LLM-QAT, arXiv 2305.17888.)
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel
+
+PROMPT = 16  # tokens of the user's text that a sequence begins with, a quarter of it at most
+_TOGETHER = 32  # sequences
+
+
+@torch.no_grad()
+def write_sequences(
+    model: PreTrainedModel, text: Tensor, count: int, *, start: int | None, seed: int, progress: bool = True
+) -> Tensor:
+    """Sequences that begin with a random piece of a text and go on as the model does.
+
+    Args:
+        model: a plain causal language model; its generation configuration is replaced.
+        text: int64 [n, length] of token ids.
+        count: of the sequences.
+        start: the token that every sequence of `text` begins with, see `start_of_text`; None where there is none.
+        seed: of the pieces and of what follows.
+        progress: show a progress bar.
+
+    Returns:
+        int64 [count, length] of token ids, on the CPU.
+    """
+    length = text.shape[1]
+    head = 0 if start is None else 1
+    piece = max(1, min(PROMPT, length // 4) - head)
+    lots = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(text), (count, 1), generator=lots)
+    first = torch.randint(head, length - piece + 1, (count, 1), generator=lots)
+    prompts = torch.cat([text[rows, :head].flatten(1), text[rows, first + torch.arange(piece)]], dim=1)
+    model.eval()
+    # An end of text is a token like any other: the next document follows.
+    model.generation_config = GenerationConfig(do_sample=True, top_k=0, max_length=length)
+    written = []
+    with (
+        torch.random.fork_rng(),
+        tqdm(total=count * length, desc="teacher's text", unit="token", disable=not progress) as bar,
+    ):
+        torch.manual_seed(seed)
+        for some in prompts.to(model.device).split(_TOGETHER):
+            generate: Any = model.generate  # a Tensor or a Module to mypy
+            written.append(generate(some, attention_mask=torch.ones_like(some)).cpu())
+            bar.update(written[-1].numel())
+    return torch.cat(written)
