@@ -23,7 +23,6 @@ from efx_plugin.checkpoint.storage.atomic import refuse_full
 from efx_plugin.checkpoint.storage.hashes import directory_hash, file_hash
 from efx_plugin.compress.calibration import calibration_set, start_of_text
 from efx_plugin.compress.request import HealRequest
-from efx_plugin.engine.compute_dtype import choose_for, computed_in
 from efx_plugin.errors import EfxError
 from efx_plugin.model.loading import inspect_sources, vocabulary_size
 from efx_plugin.training.generation import write_sequences
@@ -78,14 +77,14 @@ def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
     teacher = None if request.teacher is None else _teacher(request.teacher, request.adapter, model)
     refuse_full(request.output, 2 * _BYTES * model.num_parameters())  # the last goes when the next is complete
     folder = _working_folder(request)
-    text, validation = ids[:-held_out], ids[-held_out:]
+    own, validation = ids[:-held_out], ids[-held_out:]
     written = None
     with _removed_without_checkpoint(folder):
         if teacher is not None and request.generate:
-            written = _written(teacher, text, request, start_of_text(tokenizer), folder)
+            written = _written(teacher, own, request, start_of_text(tokenizer), folder)
         healed = heal(
             model,
-            text,
+            own,
             validation,
             learning_rate=request.learning_rate,
             batch_size=request.batch_size,
@@ -105,7 +104,7 @@ def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
         request.output,
         structure=structure,
         companions=shards.companions(request.model),
-        metadata={"healing": _provenance(text, request.dataset_name, written)},
+        metadata={"healing": _provenance(own, request.dataset_name, written)},
         progress=request.progress,
     )
     shutil.rmtree(folder)
@@ -119,8 +118,7 @@ def _written(
     path = folder / _WRITTEN
     if not path.is_file():
         count = math.ceil(request.generate / request.length)
-        with computed_in(teacher, choose_for(teacher).dtype):
-            ids = write_sequences(teacher, text, count, start=start, seed=request.seed, progress=request.progress)
+        ids = write_sequences(teacher, text, count, start=start, seed=request.seed, progress=request.progress)
         unfinished = path.with_suffix(".unfinished")
         save_file({"input_ids": ids}, unfinished)
         unfinished.replace(path)

@@ -97,7 +97,7 @@ class HealRequest(_OnText):
     generate: int = 0
     length: int = 512
     learning_rate: float = 2e-4
-    batch_size: int = 2
+    batch_size: int = 1
     seed: int = 0
     teacher: Path | None = None
     adapter: Path | None = None

@@ -19,7 +19,7 @@ from matplotlib.ticker import LogFormatter, MaxNLocator, ScalarFormatter
 from efx_plugin.evaluate.domains import halves_and_domains
 from efx_plugin.evaluate.report import Line, Report
 
-_MARKERS = {"dense": "s", "one-shot": "o", "quantized": "D", "sparse and quantized": "P", "trained": "^"}
+_MARKERS = {"dense": "s", "one-shot": "o", "healed": "v", "quantized": "D", "sparse and quantized": "P", "trained": "^"}
 # Text stays text: it can be selected and searched, and the file is small.
 _STYLE: Any = {"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "efx"}
 

@@ -355,7 +355,7 @@ def _are_rivals(group: list[Finding], other: list[Finding]) -> bool:
         bits = [_mean(finding.result.bits_per_weight_stored for finding in findings) for findings in (group, other)]
         return theirs.family == "quantized" and bits[1] <= _AS_SMALL * bits[0]
     return (
-        mine.family in ("one-shot", "trained")
+        mine.family in ("one-shot", "healed", "trained")
         and theirs.family == mine.family
         and (one.mask_structure, one.sparsity) == (two.mask_structure, two.sparsity)
     )

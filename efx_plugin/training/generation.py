@@ -12,6 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
+from efx_plugin.engine.compute_dtype import choose_for, computed_in
+
 PROMPT = 16  # tokens of the user's text that a sequence begins with, a quarter of it at most
 _TOGETHER = 32  # sequences
 
@@ -45,6 +47,7 @@ def write_sequences(
     model.generation_config = GenerationConfig(do_sample=True, top_k=0, max_length=length)
     written = []
     with (
+        computed_in(model, choose_for(model).dtype),
         torch.random.fork_rng(),
         tqdm(total=count * length, desc="teacher's text", unit="token", disable=not progress) as bar,
     ):

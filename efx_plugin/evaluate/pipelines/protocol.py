@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # What a pipeline is compared with: its rivals are those of its own family at the same sparsity, see `report`.
-Family = Literal["dense", "one-shot", "quantized", "sparse and quantized", "trained"]
+Family = Literal["dense", "one-shot", "healed", "quantized", "sparse and quantized", "trained"]
 
 
 @dataclass(frozen=True)

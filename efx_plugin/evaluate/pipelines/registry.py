@@ -17,6 +17,8 @@ _ALL: tuple[Pipeline, ...] = (
     Lazy("lora+wanda", "one-shot", "one_shot.wanda"),
     Lazy("lora+sparsegpt", "one-shot", "one_shot.sparsegpt"),
     Lazy("lora+expert", "one-shot", "one_shot.expert", ours=True),
+    Lazy("lora+sparsegpt+heal", "healed", "healed.sparsegpt"),
+    Lazy("lora+expert+heal", "healed", "healed.expert", ours=True),
     Lazy("lora+w8a8", "quantized", "quantized.w8a8"),
     Lazy("lora+w8a16", "quantized", "quantized.w8a16"),
     Lazy("lora+w4a16", "quantized", "quantized.w4a16"),

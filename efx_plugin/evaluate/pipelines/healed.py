@@ -1,0 +1,78 @@
+"""The model with its adapter, pruned at once and then healed, as by `efx heal --generate` on the calibration text.
+
+No more text is needed than for pruning: the dense expert writes what is trained on besides, see `write_sequences`.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from llmcompressor.modifiers import Modifier
+
+from efx_plugin.compress.calibration import start_of_text
+from efx_plugin.compress.request import HealRequest
+from efx_plugin.evaluate.pipelines.arguments import take_arguments
+from efx_plugin.evaluate.pipelines.draft import Draft
+from efx_plugin.evaluate.pipelines.one_shot import expert_modifier, sparsegpt_modifier
+from efx_plugin.evaluate.pipelines.protocol import PipelineResult, PipelineTask
+from efx_plugin.model.loading import inspect_sources
+from efx_plugin.training.generation import write_sequences
+from efx_plugin.training.healing import heal
+
+# Arguments of both pipelines: sequences that the dense expert writes for each one of the calibration text, and how is
+# trained on them.
+_CHOICES: dict[str, Any] = {
+    "written": 4,
+    "learning_rate": HealRequest.learning_rate,
+    "batch_size": HealRequest.batch_size,
+}
+_HELD_OUT = 10  # of so many calibration sequences one is not trained on, to see what healing does
+
+
+def expert(task: PipelineTask) -> PipelineResult:
+    """EfficientXpertModifier, whose arguments it takes as well, and healing."""
+    own = {name: value for name, value in task.arguments.items() if name not in _CHOICES}
+    return _prune_and_heal(task, own, expert_modifier, merged=False)
+
+
+def sparsegpt(task: PipelineTask) -> PipelineResult:
+    """llm-compressor's SparseGPTModifier, and healing."""
+    take_arguments(task, **_CHOICES)
+    return _prune_and_heal(task, {}, sparsegpt_modifier, merged=True)
+
+
+def _prune_and_heal(
+    task: PipelineTask, arguments: dict[str, Any], modifier: Callable[[Draft], Modifier], *, merged: bool
+) -> PipelineResult:
+    draft = Draft.load(replace(task, arguments=arguments), adapted=True)
+    dense = draft.keep_dense()
+    if merged:
+        draft.merge()
+    draft.calibrate(modifier(draft))
+    _heal(draft, **(_CHOICES | {name: value for name, value in task.arguments.items() if name in _CHOICES}))
+    return draft.finish(dense)
+
+
+def _heal(draft: Draft, written: int, learning_rate: float, batch_size: int) -> None:
+    task, text = draft.task, draft.task.calibration
+    teacher = inspect_sources(task.model, task.adapter).load_merged()
+    start = start_of_text(draft.tokenizer)
+    generated = write_sequences(teacher, text, written * len(text), start=start, seed=task.seed)
+    held_out = max(1, len(text) // _HELD_OUT)
+    own, others = text[:-held_out], text[-held_out:]
+    healed = heal(
+        draft.merge(),
+        own,
+        others,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        folder=task.output / "healing",
+        seed=task.seed,
+        teacher=teacher,
+        written=generated,
+    )
+    draft.notes.append(
+        f"healed on {own.numel():,} calibration tokens and {generated.numel():,} that the dense expert wrote: the "
+        f"perplexity of the other {others.numel():,} calibration tokens went from {healed.before:.2f} to "
+        f"{healed.after:.2f}"
+    )
