@@ -343,6 +343,22 @@ def test_quantizing_a_sparse_model_keeps_its_zeros(model, sparse, text, tmp_path
     assert_refused(efx_prune(model, tmp_path / "out", text, recipe), tmp_path / "out", "the model is dense")
 
 
+def test_heal_learns_from_text_and_from_what_the_teacher_writes(model, sparse, tmp_path):
+    expert = shutil.copytree(sparse, tmp_path / "expert")
+    tiny_tokenizer().save_pretrained(expert)
+    counting = tmp_path / "counting.txt"
+    counting.write_text("\n".join(" ".join(f"t{3 + (row + step) % 125}" for step in range(40)) for row in range(60)))
+    options = ["--dataset", counting, "--tokens", 960, "--generate", 320, "--length", 32, "--learning-rate", 3e-3]
+    result = efx("heal", expert, tmp_path / "healed", *options, "--teacher", model, "--json")
+    assert result.returncode == 0, result.stderr
+    found, before = json.loads(result.stdout), json.loads(efx("inspect", expert, "--json").stdout)
+    assert found["tokens"] == 1280 and found["after"] < 0.9 * found["before"]
+    assert found["sparsity"] == pytest.approx(before["sparsity"])
+    assert efx("inspect", tmp_path / "healed", "--verify").returncode == 0
+    refused = efx("heal", expert, tmp_path / "other", *options)
+    assert_refused(refused, tmp_path / "other", "--generate asks the teacher for text: pass --teacher", code=2)
+
+
 @pytest.mark.parametrize("scheme", ["W8A16", "W4A16"])
 def test_quantize_keeps_the_zeros_of_a_sparse_checkpoint(sparse, text, tmp_path, scheme):
     expert = shutil.copytree(sparse, tmp_path / "expert")
