@@ -375,9 +375,7 @@ def compare(
     ] = None,
     pipelines: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME...", help=f"Any of {', '.join(PIPELINES)}.", show_default="all that need no training"
-        ),
+        typer.Option(metavar="NAME...", help=f"Any of {', '.join(PIPELINES)}.", show_default="all that train nothing"),
     ] = None,
     sparsity: Annotated[
         list[str] | None,

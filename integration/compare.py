@@ -28,6 +28,7 @@ from efx_plugin.evaluate.data import Corpus, write_atomically, write_data
 from efx_plugin.evaluate.domains import Domain, DomainCell
 from efx_plugin.evaluate.grid import run_grid
 from efx_plugin.evaluate.html import write_html
+from efx_plugin.evaluate.pipelines.protocol import TRAINING_FAMILIES
 from efx_plugin.evaluate.pipelines.registry import PIPELINES
 from efx_plugin.evaluate.report import Report
 from efx_plugin.evaluate.request import MASKS_BY, CompareRequest, parse_sparsity
@@ -137,7 +138,7 @@ def cells(budget: Budget, model: str, domain: str, pipelines: Sequence[str], out
     directory = MODELS[model]()
     data = domain_data(budget, domain, output)
     adapter = domain_adapter(budget, model, directory, domain, data, output)
-    chosen = [name for name in pipelines if model != "scratch" or not PIPELINES[name].needs_training]
+    chosen = [name for name in pipelines if model != "scratch" or PIPELINES[name].family not in TRAINING_FAMILIES]
     request = CompareRequest(
         directory,
         adapter,

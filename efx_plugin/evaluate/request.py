@@ -11,6 +11,7 @@ from efx_plugin.errors import EfxError, UsageError
 from efx_plugin.evaluate.cell import Cell, Data, sparsity_name
 from efx_plugin.evaluate.data import Split, split_files
 from efx_plugin.evaluate.domains import Domain, DomainCell
+from efx_plugin.evaluate.pipelines.protocol import TRAINING_FAMILIES
 from efx_plugin.evaluate.pipelines.registry import PIPELINES
 from efx_plugin.evaluate.speed import REFERENCE, refuse_python
 
@@ -68,7 +69,7 @@ class CompareRequest:
                 near = difflib.get_close_matches(name, PIPELINES, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise UsageError(f"there is no pipeline {name}: choose among {', '.join(PIPELINES)}{hint}")
-        chosen = self.pipelines or tuple(name for name, one in PIPELINES.items() if not one.needs_training)
+        chosen = self.pipelines or tuple(name for name, one in PIPELINES.items() if one.family not in TRAINING_FAMILIES)
         if self.adapter is None and (needy := [name for name in chosen if PIPELINES[name].needs_adapter]):
             others = ", ".join(name for name, one in PIPELINES.items() if not one.needs_adapter)
             raise UsageError(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from efx_plugin.errors import EfxError, UsageError
+from efx_plugin.evaluate.pipelines.protocol import TRAINING_FAMILIES
 from efx_plugin.evaluate.pipelines.registry import PIPELINES
 from efx_plugin.evaluate.request import CompareRequest, parse_sparsity
 from tests.support.tiny_llama import save_tiny_llama
@@ -23,9 +24,10 @@ def request_(tmp_path):
     )
 
 
-def test_by_default_everything_runs_that_needs_no_training(request_):
+def test_by_default_everything_runs_that_trains_nothing(request_):
     checked = request_.checked()
-    assert checked.pipelines == tuple(name for name, one in PIPELINES.items() if not one.needs_training)
+    assert checked.pipelines == tuple(name for name, one in PIPELINES.items() if one.family not in TRAINING_FAMILIES)
+    assert not {"expert", "lora+expert+heal"} & set(checked.pipelines)
     assert request_.split().data.samples == 4
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # What a pipeline is compared with: its rivals are those of its own family at the same sparsity, see `report`.
 Family = Literal["dense", "one-shot", "healed", "quantized", "sparse and quantized", "trained"]
+# Families whose pipelines train the model, which takes many times as long as the others.
+TRAINING_FAMILIES: tuple[Family, ...] = ("healed", "trained")
 
 
 @dataclass(frozen=True)
