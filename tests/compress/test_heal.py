@@ -35,6 +35,12 @@ def save_expert(directory, structure="sparse-bitmask", model=None):
     return directory
 
 
+class Interrupted(healing.UnderMasks):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 11:
+            raise KeyboardInterrupt
+
+
 @pytest.fixture(scope="module")
 def request_to_heal(tmp_path_factory):
     folder = tmp_path_factory.mktemp("heal")
@@ -80,11 +86,6 @@ def test_the_text_held_out_is_predicted_better_and_the_report_says_so(request_to
 
 
 def test_a_run_that_was_interrupted_ends_with_the_same_weights(request_to_heal, report, monkeypatch):
-    class Interrupted(healing.UnderMasks):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 11:
-                raise KeyboardInterrupt
-
     again = replace(request_to_heal, output=request_to_heal.output.with_name("again"))
     with monkeypatch.context() as patch:
         patch.setattr(healing, "UnderMasks", Interrupted)
@@ -170,11 +171,6 @@ def test_what_the_teacher_writes_helps_where_text_is_scarce(request_to_heal, tea
 
 
 def test_a_run_that_goes_on_learns_from_the_text_that_was_written(request_to_heal, teacher, tmp_path, monkeypatch):
-    class Interrupted(healing.UnderMasks):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 11:
-                raise KeyboardInterrupt
-
     request = replace(request_to_heal, output=tmp_path / "healed", teacher=teacher, tokens=640, generate=640)
     with monkeypatch.context() as patch:
         patch.setattr(healing, "UnderMasks", Interrupted)
