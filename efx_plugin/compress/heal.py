@@ -147,9 +147,6 @@ def _teacher(directory: Path, adapter: Path | None, model: PreTrainedModel) -> P
             f"the teacher {directory} has {there} tokens and the sparse model {here}: pass the dense expert that "
             "it was pruned from"
         )
-    if torch.accelerator.is_available():
-        inner: torch.nn.Module = teacher
-        inner.to(torch.accelerator.current_accelerator())
     return teacher
 
 

@@ -8,7 +8,7 @@ for calibration in arXiv 2410.17170, to train a quantized model in LLM-QAT, arXi
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -25,7 +25,8 @@ def write_sequences(
     """Sequences that begin with a random piece of a text and go on as the model does.
 
     Args:
-        model: a plain causal language model; its generation configuration is replaced.
+        model: a plain causal language model; its generation configuration is replaced, and it moves to the accelerator
+            where there is one.
         text: int64 [n, length] of token ids.
         count: of the sequences.
         start: the token that every sequence of `text` begins with, see `start_of_text`; None where there is none.
@@ -42,6 +43,9 @@ def write_sequences(
     rows = torch.randint(len(text), (count, 1), generator=lots)
     first = torch.randint(head, length - piece + 1, (count, 1), generator=lots)
     prompts = torch.cat([text[rows, :head].flatten(1), text[rows, first + torch.arange(piece)]], dim=1)
+    if torch.accelerator.is_available():
+        inner: nn.Module = model
+        inner.to(torch.accelerator.current_accelerator())
     model.eval()
     # An end of text is a token like any other: the next document follows.
     model.generation_config = GenerationConfig(do_sample=True, top_k=0, max_length=length)

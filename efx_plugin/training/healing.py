@@ -214,11 +214,10 @@ class _Trainer(Trainer):
             divergence = F.kl_div(
                 predicted, theirs[:-1].float().log_softmax(-1), reduction="batchmean", log_target=True
             )
-            if (label == _NOT_PREDICTED).all():
-                loss = loss + divergence / len(ids)
-            else:
-                text = F.nll_loss(predicted, label[1:])
-                loss = loss + ((1 - _TEACHING) * text + _TEACHING * divergence) / len(ids)
+            one = divergence
+            if (label != _NOT_PREDICTED).any():
+                one = (1 - _TEACHING) * F.nll_loss(predicted, label[1:]) + _TEACHING * divergence
+            loss = loss + one / len(ids)
         return (loss, outputs) if return_outputs else loss
 
 

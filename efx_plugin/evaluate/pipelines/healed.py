@@ -31,25 +31,26 @@ _HELD_OUT = 10  # of so many calibration sequences one is not trained on, to see
 
 def expert(task: PipelineTask) -> PipelineResult:
     """EfficientXpertModifier, whose arguments it takes as well, and healing."""
-    own = {name: value for name, value in task.arguments.items() if name not in _CHOICES}
-    return _prune_and_heal(task, own, expert_modifier, merged=False)
+    return _prune_and_heal(task, expert_modifier, merged=False)
 
 
 def sparsegpt(task: PipelineTask) -> PipelineResult:
     """llm-compressor's SparseGPTModifier, and healing."""
     take_arguments(task, **_CHOICES)
-    return _prune_and_heal(task, {}, sparsegpt_modifier, merged=True)
+    return _prune_and_heal(task, sparsegpt_modifier, merged=True)
 
 
-def _prune_and_heal(
-    task: PipelineTask, arguments: dict[str, Any], modifier: Callable[[Draft], Modifier], *, merged: bool
-) -> PipelineResult:
-    draft = Draft.load(replace(task, arguments=arguments), adapted=True)
+def _prune_and_heal(task: PipelineTask, modifier: Callable[[Draft], Modifier], *, merged: bool) -> PipelineResult:
+    """Prune the model, merged first or not, with those of the task's arguments that are not healing's, and heal it."""
+    pruning, healing = dict[str, Any](), dict(_CHOICES)
+    for name, value in task.arguments.items():
+        (healing if name in _CHOICES else pruning)[name] = value
+    draft = Draft.load(replace(task, arguments=pruning), adapted=True)
     dense = draft.keep_dense()
     if merged:
         draft.merge()
     draft.calibrate(modifier(draft))
-    _heal(draft, **(_CHOICES | {name: value for name, value in task.arguments.items() if name in _CHOICES}))
+    _heal(draft, **healing)
     return draft.finish(dense)
 
 
