@@ -46,7 +46,7 @@ def _reference(weight, gram, sparsity, *, sensitivity=None, group="matrix", floo
             pruned[:, chosen].scatter_(1, scores.argsort(dim=1)[:, :count], True)
         elif n_of_m is None and i % block_size == 0:
             count = round(sparsity * (rows * chosen.stop)) - round(sparsity * (rows * i))
-            most = columns if floor is None else _most(floor * sparsity, chosen.stop - i, count, rows)
+            most = columns if floor is None else _most(sparsity, floor, chosen.stop - i, count, rows)
             scores[scores.argsort(dim=1).argsort(dim=1) >= most] = torch.inf
             part = torch.zeros(scores.numel(), dtype=torch.bool)
             part[scores.flatten().argsort()[:count]] = True
@@ -57,8 +57,9 @@ def _reference(weight, gram, sparsity, *, sensitivity=None, group="matrix", floo
     return ~pruned
 
 
-def _most(fraction, width, count, rows):
+def _most(sparsity, floor, width, count, rows):
     """What a row may lose of `width` columns that lose `count` weights in all."""
+    fraction = min(floor * sparsity, 1 - (2 - floor) * (1 - sparsity))
     return max(math.ceil(fraction * width), math.ceil(count / rows))
 
 
@@ -106,7 +107,7 @@ def test_a_row_that_counts_for_nothing_keeps_what_the_floor_leaves_it(rows, colu
     c[: rows // 2] = 0
     pruned = ~obs_mask(weight, gram, sparsity, sensitivity=c, floor=floor, block_size=block_size)
     for block in pruned.split(block_size, dim=1):
-        assert block.sum(dim=1).max() <= _most(floor * sparsity, block.shape[1], int(block.sum()), rows)
+        assert block.sum(dim=1).max() <= _most(sparsity, floor, block.shape[1], int(block.sum()), rows)
 
 
 @settings(deadline=None, max_examples=20)
