@@ -16,6 +16,7 @@ pytestmark = pytest.mark.integration
 POINTS = {
     "the defaults": {},
     "targets of the dense model": {"dense_targets": 1},
+    "swaps": {"swap_rounds": 4},
     "pooled entries": {"saliency": "wanda", "comparison_group": "block", "propagation": "activation", "repair": "none"},
 }
 

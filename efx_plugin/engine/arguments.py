@@ -43,6 +43,9 @@ class PruningArguments(BaseModel):
         floor: where entries of different rows compete, no row may lose more of its weights than floor times the
             sparsity of the competition (of the model or the decoder block in an allocation, of the matrix in its mask),
             nor keep less than 2 - floor times what the competition leaves.
+        swap_rounds: how often pruned weights may come back in place of kept ones of their row (or of their M), before
+            the repair: where the refitted row errs less, by the Gram. Needs repair "weights"; a round costs as much
+            as six of its steps.
         repair: "none"; "paper" (moves the adapter so that pruned weights shrink, as published); "adapter" (least
             squares on the layer's output within the adapter's subspace); "weights" (least squares over all kept
             weights).
@@ -73,6 +76,7 @@ class PruningArguments(BaseModel):
     comparison_group: Literal["row", "matrix", "block"] = "matrix"
     allocation: Literal["uniform", "matrix", "layer"] = "matrix"
     floor: float = Field(default=1.4, ge=1)
+    swap_rounds: int = Field(default=0, ge=0)
     repair: Literal["none", "paper", "adapter", "weights"] = "weights"
     repair_steps: int = Field(default=10, ge=1)
     dense_targets: float = Field(default=0.0, ge=0, le=1)
@@ -120,6 +124,11 @@ class PruningArguments(BaseModel):
             raise EfxError(
                 "saliency 'obs' chooses within one matrix: set comparison_group to 'matrix'; with allocation 'matrix' "
                 "the matrices of a block still compete for their sparsities"
+            )
+        if self.swap_rounds and self.repair != "weights":
+            raise EfxError(
+                f"swaps weigh what the kept weights of a row can make up for, and repair {self.repair!r} leaves them as "
+                "they are: set repair to 'weights', or swap_rounds to 0"
             )
         return self
 

@@ -21,6 +21,7 @@ from efx_plugin.engine.decide import (
     compete_for_shares,
     decide,
     layer_scores,
+    swap,
 )
 from efx_plugin.engine.dense_stream import DenseStream
 from efx_plugin.engine.distributed import broadcast, world
@@ -119,6 +120,8 @@ class BlockPruner:
             if rank == owner:
                 if keep is None:
                     keep = choose_mask(self.arguments, layer.name, weight, found, sparsities[layer.name], self._running)
+                if self._masks is None:
+                    keep = swap(self.arguments, layer.name, weight, keep, found)
                 decision = decide(self.arguments, layer.name, weight, keep, found, adapter, self._grids.get(layer.name))
             else:
                 decision = self._blank(layer.name, weight, adapter)

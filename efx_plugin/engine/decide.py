@@ -17,6 +17,7 @@ from efx_plugin.method.quantize import Grid, quantize_kept
 from efx_plugin.method.repair import adapter_update, output_error, paper_update, repair_weights, updated_weight
 from efx_plugin.method.scores import foresight_scores, magnitude_saliency, update_average, wanda_saliency
 from efx_plugin.method.statistics import InputStatistics
+from efx_plugin.method.swaps import swap_pruned
 
 # Errors of a layer are reported from this many of its rows, or a few more: each row costs a product with the Gram.
 MEASURED_ROWS = 256
@@ -165,6 +166,34 @@ def choose_mask(
     if arguments.comparison_group == "row":
         return row_mask(scores[0], sparsity)
     return pooled_masks(scores, sparsity, arguments.floor)[0]
+
+
+def swap(arguments: PruningArguments, name: str, weight: Tensor, keep: Tensor, evidence: Evidence) -> Tensor:
+    """The mask of one matrix after the rounds of swaps that are asked for, bool [out, in].
+
+    Args:
+        weight: effective weight, fp32 [out, in].
+        keep: mask, bool [out, in].
+
+    Raises:
+        EfxError: the Gram cannot be factored.
+    """
+    if not arguments.swap_rounds or evidence.starved:
+        return keep
+    statistics = evidence.known
+    try:
+        return swap_pruned(
+            weight,
+            keep,
+            statistics.gram,
+            rounds=arguments.swap_rounds,
+            n_of_m=arguments.n_of_m,
+            drift=statistics.drift,
+            share=arguments.dense_targets,
+            dampening_frac=arguments.dampening_frac,
+        )
+    except ValueError as error:
+        raise EfxError(f"{name}: {error}") from error
 
 
 def decide(

@@ -103,7 +103,7 @@ def obs_mask(
         return lowest_per_row(scores.T, most).T if most < len(scores) else None
 
     dtype = torch.promote_types(weight.dtype, gram.dtype)
-    factor = _reversed_cholesky(gram.to(dtype), dampening_frac)
+    factor = reversed_cholesky(gram.to(dtype), dampening_frac)
     # Transposed, so that the weights of a column lie together. Behind the sweep it holds D, ahead of it U.
     work = weight.T.to(dtype, copy=True, memory_format=torch.contiguous_format)
     work[gram.diagonal() == 0] = 0
@@ -143,7 +143,7 @@ def _sweep_part(columns: Tensor, step: Tensor, pruned: Tensor, lost: Tensor) -> 
         torch.mul(columns[index], pruned[index], out=lost[index])
 
 
-def _reversed_cholesky(gram: Tensor, dampening_frac: float) -> Tensor:
+def reversed_cholesky(gram: Tensor, dampening_frac: float) -> Tensor:
     """Lower triangular L with L Lᵀ the damped Gram, its rows and columns in reverse order: L reversed is U."""
     mean = gram.diagonal().mean()
     if not (mean > 0 and mean.isfinite()):

@@ -109,7 +109,7 @@ def clipped_scales(weight: Tensor, keep: Tensor, gram: Tensor, grid: Grid) -> Te
     """
     width = grid.width(weight.shape[1])
     scales = torch.empty(len(weight), weight.shape[1] // width, device=weight.device)
-    for rows in _chunks(*weight.shape):
+    for rows in chunks(*weight.shape):
         for group, start in enumerate(range(0, weight.shape[1], width)):
             columns = slice(start, start + width)
             masked = weight[rows, columns].float() * keep[rows, columns]
@@ -157,7 +157,7 @@ def quantize_kept(
     damped = gram.clone()
     damped.diagonal().add_(damping)
     integers = torch.empty_like(weight, dtype=torch.int8)
-    for rows in _chunks(*weight.shape):
+    for rows in chunks(*weight.shape):
         masked = weight[rows].float() * keep[rows]
         descent = _Descent(masked, keep[rows], scales[rows], damped, width, grid)
         for _ in range(ADJUSTMENTS):
@@ -251,7 +251,7 @@ def _spread(scales: Tensor, columns: int) -> Tensor:
     return scales.repeat_interleave(columns // scales.shape[1], dim=1)
 
 
-def _chunks(rows: int, width: int) -> Iterator[slice]:
+def chunks(rows: int, width: int) -> Iterator[slice]:
     """Slices of rows of `width` numbers each."""
     size = max(CHUNK // width, LEAST_ROWS)
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))

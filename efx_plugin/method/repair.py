@@ -33,7 +33,7 @@ def output_error(weight: Tensor, other: Tensor, gram: Tensor) -> Tensor:
         gram: [in, in], fp32.
     """
     errors = torch.empty(len(weight), dtype=gram.dtype, device=gram.device)
-    for rows in _chunks(*weight.shape):
+    for rows in chunks(*weight.shape):
         difference = weight[rows].to(gram.dtype) - other[rows].to(gram.dtype)
         errors[rows] = torch.linalg.vecdot(difference @ gram, difference)
     return errors
@@ -71,13 +71,13 @@ def repair_weights(
     if not damping > 0:  # the layer saw nothing but zeros: any weights do, and there is nothing to solve
         return repaired
     inverse = 1 / (gram.diagonal() + damping)
-    for rows in _chunks(*weight.shape):
-        target = _lost_output(weight[rows], keep[rows], gram, drift, share)
-        repaired[rows] += _change_of_weights(target, keep[rows], gram, inverse, damping, steps)
+    for rows in chunks(*weight.shape):
+        target = lost_output(weight[rows], keep[rows], gram, drift, share)
+        repaired[rows] += change_of_weights(target, keep[rows], gram, inverse, damping, steps)
     return repaired
 
 
-def _change_of_weights(
+def change_of_weights(
     target: Tensor, keep: Tensor, gram: Tensor, inverse: Tensor, damping: float, steps: int
 ) -> Tensor:
     mask = keep.float()
@@ -132,8 +132,8 @@ def adapter_update(
         return update
     mean.diagonal().add_(damping)
     inverse = torch.linalg.inv(mean)
-    for rows in _chunks(*weight.shape):
-        target = _lost_output(weight[rows], keep[rows], gram, drift, share) @ lora_a.T
+    for rows in chunks(*weight.shape):
+        target = lost_output(weight[rows], keep[rows], gram, drift, share) @ lora_a.T
         update[rows] = _change_of_adapter(target, keep[rows], gram, lora_a, inverse, damping, steps)
     return update
 
@@ -200,7 +200,7 @@ def paper_update(
     shared = kappa * shared + damping * torch.eye(rank, dtype=shared.dtype, device=shared.device)
     if kappa == 1:
         solution = torch.linalg.solve(shared, weighted).float().T
-        for rows in _chunks(len(weight), weight.shape[1]):  # a masked copy that fits the cache
+        for rows in chunks(len(weight), weight.shape[1]):  # a masked copy that fits the cache
             torch.matmul(_pruned_part(weight[rows], keep[rows]), solution, out=update[rows])
         return update.neg_()
     # The systems of all rows at once: a product of the mask with the distinct products of two rows of A.
@@ -208,14 +208,14 @@ def paper_update(
     pairs = (weighted[first] * lora_a[second]).T
     place = torch.empty(rank, rank, dtype=torch.long, device=weight.device)
     place[first, second] = place[second, first] = torch.arange(len(first), device=weight.device)
-    for rows in _chunks(len(weight), max(weight.shape[1], rank**2)):
+    for rows in chunks(len(weight), max(weight.shape[1], rank**2)):
         pruned = (~keep[rows]).double()
         own = (pruned @ pairs)[:, place]
         update[rows] = -torch.linalg.solve(shared + (1 - kappa) * own, (pruned * weight[rows]) @ weighted.T)
     return update
 
 
-def _lost_output(weight: Tensor, keep: Tensor, gram: Tensor, drift: Tensor | None, share: float) -> Tensor:
+def lost_output(weight: Tensor, keep: Tensor, gram: Tensor, drift: Tensor | None, share: float) -> Tensor:
     """[U_S G + a U D]_K: what the masked output lacks, times the kept inputs."""
     lost = _pruned_part(weight, keep) @ gram
     if drift is not None:
@@ -269,7 +269,7 @@ def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
     return (numerator / denominator).where(denominator > 0, 0)
 
 
-def _chunks(rows: int, width: int) -> Iterator[slice]:
+def chunks(rows: int, width: int) -> Iterator[slice]:
     """Slices of rows of `width` numbers each."""
     size = max(CHUNK // width, LEAST_ROWS)
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))

@@ -44,6 +44,13 @@ def test_the_dense_model_computes_only_for_a_repair_that_can_use_its_outputs():
         PruningArguments(dense_targets=1.5)
 
 
+@pytest.mark.parametrize("repair", ["none", "paper", "adapter"])
+def test_swaps_need_kept_weights_that_are_refitted(repair):
+    with pytest.raises(EfxError, match="set repair to 'weights', or swap_rounds to 0"):
+        PruningArguments(swap_rounds=1, repair=repair)
+    assert PruningArguments(swap_rounds=1).uses_grams
+
+
 def test_energies_suffice_for_wanda_without_a_repair_of_outputs():
     assert PruningArguments().uses_grams
     assert not PruningArguments(saliency="wanda", repair="none").uses_grams

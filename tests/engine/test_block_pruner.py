@@ -22,7 +22,7 @@ SETTINGS = {
 }
 
 
-def make_pruner(model, token_mask=lambda: None, running=None, sensitivities=None, **changes):
+def make_pruner(model, token_mask=lambda: None, running=None, sensitivities=None, masks=None, **changes):
     layers = [layer for layer in linear_layers(model) if layer.name.startswith(BLOCK + ".")]
     pruner = BlockPruner(
         model,
@@ -31,6 +31,7 @@ def make_pruner(model, token_mask=lambda: None, running=None, sensitivities=None
         token_mask=token_mask,
         running=running,
         sensitivities=sensitivities,
+        masks=masks,
     )
     pruner.attach(lambda module, hook, kind, **kwargs: getattr(module, f"register_{kind}_hook")(hook, **kwargs))
     return pruner
@@ -106,6 +107,28 @@ def test_repairs_keep_the_mask_and_report_what_they_gain(saliency, repair):
         assert all(result.gain >= 0 for result in results)
         assert sum(result.gain for result in results) > 0.05
     assert all(result.gain is None for result in results) == (repair == "paper" and saliency == "wanda")
+
+
+@pytest.mark.parametrize("changes", [{"comparison_group": "matrix"}, {"mask_structure": "2:4"}, {}])
+def test_swaps_lower_the_errors_and_keep_the_counts(changes):
+    options = {"repair": "weights"} | changes
+    before, without = prune(**options)
+    after, swapped = prune(swap_rounds=6, **options)
+    for one, other in zip(without, swapped, strict=True):
+        assert other.zeros == one.zeros and other.relative_error <= 1.02 * one.relative_error
+        rows, others = (weights(model)[one.name] == 0 for model in (before, after))
+        assert torch.equal(rows.sum(1), others.sum(1)) and not torch.equal(rows, others)
+        if "mask_structure" in changes:
+            assert (others.unflatten(1, (-1, 4)).sum(2) == 2).all()
+    assert sum(one.relative_error for one in swapped) < 0.99 * sum(one.relative_error for one in without)
+
+
+def test_masks_that_are_given_are_not_swapped():
+    model = tiny_llama()
+    masks = {layer.name: torch.rand(layer.base.weight.shape) < 0.5 for layer in linear_layers(model)}
+    prune(model, masks=lambda layer: masks[layer.name], repair="weights", swap_rounds=4)
+    for name, weight in weights(model).items():
+        assert not weight[~masks[name]].any()
 
 
 @pytest.mark.parametrize("on_meta", [False, True], ids=["with weights", "without"])
