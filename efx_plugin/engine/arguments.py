@@ -127,8 +127,8 @@ class PruningArguments(BaseModel):
             )
         if self.swap_rounds and self.repair != "weights":
             raise EfxError(
-                f"swaps weigh what the kept weights of a row can make up for, and repair {self.repair!r} leaves them as "
-                "they are: set repair to 'weights', or swap_rounds to 0"
+                f"swaps count on kept weights that are refitted, and repair {self.repair!r} refits none: set repair to "
+                "'weights', or swap_rounds to 0"
             )
         return self
 

@@ -11,9 +11,9 @@ where the others make up for either. Both denominators are the variance of one i
 Here that of all others stands for it, 1 / [(G + λ I)⁻¹]_ii: it is the same for all rows, and one inverse gives it. (On
 layers of SmolLM2-135M at 50 % the exact one of sampled rows lets errors fall by .7 points more, of 15.8.)
 
-So the worst kept weights of a row are swapped for the best pruned ones, many at once, the row is fitted again, and where
-its error has not fallen it goes back and tries a third as many. Swaps of masks on the Gram, one at a time and without
-a repair, are those of SparseSwaps (arXiv 2512.10922).
+So the worst kept weights of a row are swapped for the best pruned ones, many at once, and the row is fitted again.
+Where its error has not fallen it goes back and tries a third as many. SparseSwaps (arXiv 2512.10922) swaps on the Gram
+as well, one pair at a time and without a repair.
 """
 
 import math
@@ -76,9 +76,7 @@ class _RowSwaps:
         keep: the mask, bool [rows, in].
     """
 
-    def __init__(
-        self, weight: Tensor, keep: Tensor, gram: Tensor, drift: Tensor | None, share: float, damping: float
-    ):
+    def __init__(self, weight: Tensor, keep: Tensor, gram: Tensor, drift: Tensor | None, share: float, damping: float):
         self.keep, self._weight, self._gram, self._damping = keep, weight.float(), gram, damping
         self._target = self._weight @ gram
         if drift is not None:
