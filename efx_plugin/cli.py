@@ -21,7 +21,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from efx_plugin import __version__, failures
-from efx_plugin.compress.request import HealRequest, QuantizeRequest
+from efx_plugin.compress.request import HealRequest, PruneRequest, QuantizeRequest
 from efx_plugin.errors import EfxError, UsageError
 from efx_plugin.evaluate.pipelines.registry import PIPELINES
 from efx_plugin.recipe_files import builtin_recipes
@@ -123,6 +123,13 @@ def prune(
     adapter: Annotated[Path | None, typer.Option(help="Directory or hub name of a LoRA adapter to merge in.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 128,
     length: Annotated[int, typer.Option(help="Tokens per calibration sequence.", min=2)] = 512,
+    generate: Annotated[
+        int,
+        typer.Option(
+            help="Tokens that MODEL, with the adapter, writes in the manner of the text, to calibrate on as well.",
+            min=0,
+        ),
+    ] = PruneRequest.generate,
     structure: StructureOption = "auto",
     compute_dtype: Annotated[
         str,
@@ -143,8 +150,6 @@ def prune(
 
     Example: efx prune ./SmolLM2 ./expert --adapter ./legal-lora --recipe expert_50 --dataset legal.jsonl
     """
-    from efx_plugin.compress.request import PruneRequest
-
     request = PruneRequest(
         model,
         output,
@@ -154,6 +159,7 @@ def prune(
         text_field=text_field,
         samples=samples,
         length=length,
+        generate=generate,
         structure=structure,
         compute_dtype=compute_dtype,
         trust_remote_code=trust_remote_code,

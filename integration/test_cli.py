@@ -86,6 +86,16 @@ def assert_refused(result, output, *words, code=1):
     assert not output.exists() and not list(output.parent.glob(f".{output.name}*"))
 
 
+def adapted_model(model):
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    return adapted
+
+
 @pytest.mark.parametrize(
     ("recipe", "layout"),
     [
@@ -96,12 +106,7 @@ def assert_refused(result, output, *words, code=1):
     ],
 )
 def test_prune_writes_a_sparse_expert_with_its_adapter_merged(model, text, tmp_path, recipe, layout):
-    adapted = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.05)
+    adapted = adapted_model(model)
     adapted.save_pretrained(tmp_path / "adapter")
     output = tmp_path / "expert"
     arguments = prune_arguments(model, output, text, RECIPES / f"{recipe}.yaml")
@@ -328,6 +333,27 @@ def test_optimum_cli_mounts_the_same_commands(sparse, tmp_path):
     assert failed.returncode == 1 and failed.stderr.splitlines()[-1].startswith("efx: ")
     helped = subprocess.run([optimum, "efx", "prune", "--help"], capture_output=True, text=True)
     assert helped.returncode == 0 and "Example: efx prune" in helped.stdout
+
+
+def test_prune_calibrates_on_what_the_expert_writes_too(model, text, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(logger, "info", lambda message, *args, **kwargs: said.append(message))
+    adapted_model(model).save_pretrained(tmp_path / "adapter")
+    options = ["--adapter", tmp_path / "adapter", "--json"]
+    result = efx_prune(model, tmp_path / "more", text, "expert_50", *options, "--generate", 1000)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["sparsity"] == pytest.approx(0.5, abs=0.002)
+    assert any(line.startswith("calibration: 29 sequences of 48 tokens") for line in said)
+    assert (
+        f"8 sequences of 48 tokens from {text.name} and 21 that the dense model wrote"
+        in (tmp_path / "more" / "README.md").read_text()
+    )
+    assert efx_prune(model, tmp_path / "own", text, "expert_50", *options).returncode == 0
+    more, own = (load_sparse(tmp_path / name).state_dict() for name in ("more", "own"))
+    assert any(not torch.equal(more[name], own[name]) for name in more)
+    # A copy has written, so the model's own way to generate is as it was.
+    kept = [tmp_path / name / "generation_config.json" for name in ("more", "own")]
+    assert kept[0].read_text() == kept[1].read_text()
 
 
 def test_quantizing_a_sparse_model_keeps_its_zeros(model, sparse, text, tmp_path, warnings):

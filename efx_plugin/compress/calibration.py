@@ -58,6 +58,11 @@ def calibration_set(
                 f"the tokenizer does not know {share:.0%} of the tokens in {named}: pass text in a language of the "
                 "model"
             )
+    return as_dataset(ids)
+
+
+def as_dataset(ids: torch.Tensor) -> datasets.Dataset:
+    """Token ids [samples, length] as `input_ids` and `attention_mask`, as llm-compressor takes them."""
     return datasets.Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
 
 

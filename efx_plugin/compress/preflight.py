@@ -77,6 +77,11 @@ def preflight(request: PruneRequest) -> Prepared:
     compute = choose_compute_dtype(*stored, request.compute_dtype)
     logger.info(compute.reason)
     leave_alone(recipe, linears_outside_blocks(sources.skeleton))
+    network: Any = inner_model(sources.skeleton)
+    if request.generate and not network.can_generate():
+        raise UsageError(
+            f"--generate asks the model for text, which a {type(network).__name__} does not write: leave it out"
+        )
     refuse_full(request.output, _least_bytes(sources, recipe))
     rehearse_experts(sources.skeleton)
     warn_of_unprunable(sources.skeleton)
@@ -88,7 +93,7 @@ def preflight(request: PruneRequest) -> Prepared:
         tokenizer,
         samples=request.samples,
         length=request.length,
-        vocabulary=vocabulary_size(inner_model(sources.skeleton)),
+        vocabulary=vocabulary_size(network),
         text_field=request.text_field,
     )
     return Prepared(sources, recipe, compute, tokenizer, calibration)

@@ -1,5 +1,6 @@
 """From a model on disk to a pruned sparse checkpoint: what `efx prune` runs."""
 
+import math
 import time
 from dataclasses import asdict
 from typing import Any
@@ -16,12 +17,15 @@ from torch import nn
 from efx_plugin.checkpoint import save_sparse
 from efx_plugin.checkpoint.provenance import public_name
 from efx_plugin.checkpoint.reader import sizes
-from efx_plugin.compress.preflight import preflight
+from efx_plugin.compress.calibration import as_dataset, start_of_text
+from efx_plugin.compress.preflight import Prepared, preflight
 from efx_plugin.compress.request import PruneRequest
 from efx_plugin.compress.zeros import Zeros, prunes
 from efx_plugin.engine.compute_dtype import convert, restore
+from efx_plugin.engine.memory import return_freed_memory
 from efx_plugin.model.adapters import merge_adapters
 from efx_plugin.modifier import EfficientXpertModifier
+from efx_plugin.training.generation import write_sequences
 
 
 def prune_to_checkpoint(request: PruneRequest) -> dict[str, Any]:
@@ -37,6 +41,11 @@ def prune_to_checkpoint(request: PruneRequest) -> dict[str, Any]:
     request = request.checked()
     prepared = preflight(request)
     sources, recipe, calibration = prepared.sources, prepared.recipe, prepared.calibration
+    used = f"{len(calibration)} sequences of {request.length} tokens from {request.dataset_name}"
+    if request.generate:
+        written = _written(prepared, request)
+        calibration = datasets.concatenate_datasets([calibration, written])
+        used += f" and {len(written)} that the dense model wrote"
     network = sources.load()
     zeros = None if any(map(prunes, recipe.modifiers)) else Zeros(network, recipe)
     dtypes = convert(network, prepared.compute.dtype)
@@ -51,7 +60,7 @@ def prune_to_checkpoint(request: PruneRequest) -> dict[str, Any]:
         processor=prepared.tokenizer,
         recipe=recipe,
         dataset=calibration,
-        num_calibration_samples=request.samples,
+        num_calibration_samples=len(calibration),
         max_seq_length=request.length,
         trust_remote_code_model=request.trust_remote_code,
     )
@@ -61,9 +70,7 @@ def prune_to_checkpoint(request: PruneRequest) -> dict[str, Any]:
         zeros.restore(network)
     network = repack_moe(network)  # oneshot takes experts apart to calibrate them
     restore(network, dtypes)
-    metadata = {
-        "calibration": f"{len(calibration)} sequences of {request.length} tokens from {request.dataset_name}",
-    }
+    metadata = {"calibration": used}
     if request.adapter is not None:
         metadata["adapter"] = public_name(request.adapter.resolve())
     save_sparse(
@@ -76,6 +83,21 @@ def prune_to_checkpoint(request: PruneRequest) -> dict[str, Any]:
         progress=request.progress,
     )
     return {"output": str(request.output), **sizes(request.output), "layers": layers_of(recipe)}
+
+
+def _written(prepared: Prepared, request: PruneRequest) -> datasets.Dataset:
+    """Calibration sequences that the model with its adapter writes; it is gone from memory afterwards."""
+    text = torch.tensor(prepared.calibration["input_ids"])
+    ids = write_sequences(
+        prepared.sources.load_merged(),
+        text,
+        math.ceil(request.generate / request.length),
+        start=start_of_text(prepared.tokenizer),
+        seed=0,
+        progress=request.progress,
+    )
+    return_freed_memory()
+    return as_dataset(ids)
 
 
 def layers_of(recipe: Recipe) -> list[dict[str, Any]]:

@@ -37,6 +37,7 @@ class PruneRequest(_OnText):
         adapter: directory of a LoRA adapter, or OWNER/NAME on the hub; merged in fp32.
         text_field: the field of the data that holds the text; None for the usual names, see `calibration_set`.
         samples, length: number and tokens of the calibration sequences.
+        generate: tokens that the model, with its adapter, writes to be calibrated on as well; see `write_sequences`.
         structure: sparse format, see `save_sparse`.
         compute_dtype: what to calibrate and prune in, see `choose_compute_dtype`; weights are stored in the model's.
         trust_remote_code: run the code that comes with the model.
@@ -51,6 +52,7 @@ class PruneRequest(_OnText):
     text_field: str | None = None
     samples: int = 128
     length: int = 512
+    generate: int = 0
     structure: str = "auto"
     compute_dtype: str = "auto"
     trust_remote_code: bool = False

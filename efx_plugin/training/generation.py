@@ -1,4 +1,4 @@
-"""Text of the domain that the dense expert writes by itself, for a pruned model to learn from where text is scarce.
+"""Text of the domain that the dense expert writes by itself, to calibrate on or to learn from where text is scarce.
 
 Sampled from the model's own distribution, at temperature 1 and from the whole vocabulary, it is where the expert knows
 best what comes next, it is never the same twice, and it costs the user no document. (Text that a model writes is used
@@ -53,7 +53,7 @@ def write_sequences(
     with (
         computed_in(model, choose_for(model).dtype),
         torch.random.fork_rng(),
-        tqdm(total=count * length, desc="teacher's text", unit="token", disable=not progress) as bar,
+        tqdm(total=count * length, desc="dense expert's text", unit="token", disable=not progress) as bar,
     ):
         torch.manual_seed(seed)
         for some in prompts.to(model.device).split(_TOGETHER):

@@ -1,6 +1,7 @@
 """What the recipe cannot do to the model is refused before a weight is loaded."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from efx_plugin.compress.preflight import preflight
 from efx_plugin.compress.recipe import find_recipe
 from efx_plugin.compress.request import PruneRequest
-from efx_plugin.errors import EfxError
+from efx_plugin.errors import EfxError, UsageError
 from efx_plugin.model.loading import Sources
 from efx_plugin.recipe_files import builtin_recipes
 from tests.support.tiny_llama import save_tiny_llama, tiny_llama, tiny_tokenizer
@@ -95,9 +96,12 @@ def test_weights_that_are_no_linear_layers_are_said_to_stay(tmp_path, monkeypatc
     assert all("stay as they are, such as model.layers.0" in line for line in warned)
 
 
-def test_a_classifier_has_no_loss_to_allocate_by(tmp_path):
+def test_a_classifier_has_no_loss_to_allocate_by_and_writes_no_text(tmp_path):
     classifier = AutoModelForSequenceClassification.from_pretrained(save_tiny_llama(tmp_path / "base"), num_labels=3)
     classifier.save_pretrained(tmp_path / "classifier")
     tiny_tokenizer().save_pretrained(tmp_path / "classifier")
     with pytest.raises(EfxError, match="no loss on calibration data without labels, so allocation 'layer' cannot"):
         preflight(request(tmp_path, EXPERT.format("allocation: layer"), tmp_path / "classifier"))
+    writing = replace(request(tmp_path, "expert_50", tmp_path / "classifier"), generate=32)
+    with pytest.raises(UsageError, match=r"--generate asks the model for text, which a .*Classification does not"):
+        preflight(writing)
