@@ -104,10 +104,13 @@ def heal(
         written: int64 [n, length] of token ids that the teacher wrote, see `write_sequences`; needs the teacher.
 
     Raises:
-        EfxError: no linear layer of the decoder blocks has zeros, or the memory does not suffice.
+        EfxError: no linear layer of the decoder blocks has zeros, the memory does not suffice, or there is written text
+            without a teacher.
     """
     labels = training
     if written is not None:
+        if teacher is None:
+            raise EfxError("of written text only the teacher's predictions are learned: pass the teacher too")
         labels = torch.cat([training, torch.full_like(written, _NOT_PREDICTED)])
         training = torch.cat([training, written])
     with _without_oneshot(model):

@@ -192,6 +192,8 @@ def test_of_what_the_teacher_wrote_only_its_predictions_count(request_to_heal, t
     assert healed.after == pytest.approx(healed.before, rel=0.05)
     healed = healing.heal(expert, ids[:-4], ids[-4:], folder=tmp_path / "text", **options)
     assert healed.after < 0.8 * healed.before
+    with pytest.raises(EfxError, match="only the teacher's predictions are learned: pass the teacher too"):
+        healing.heal(expert, ids, ids, written=ids, folder=tmp_path / "untaught", **options | {"teacher": None})
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(request_to_heal, tmp_path):
