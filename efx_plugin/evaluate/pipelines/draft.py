@@ -5,16 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import datasets
 import torch
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import linearize_moe, repack_moe
 from llmcompressor.modifiers import Modifier
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from efx_plugin.checkpoint import save_sparse
+from efx_plugin.compress.calibration import as_dataset
 from efx_plugin.engine.blocks import linears_in_blocks
 from efx_plugin.engine.compute_dtype import choose_for, convert, restore, stored_dtype
 from efx_plugin.engine.sequential import Batch
@@ -90,16 +90,18 @@ class Draft:
             rf"re:{re.escape(layer.name)}\.?$" for layer in linear_layers(self.network) if layer.name not in targets
         ]
 
-    def calibrate(self, *modifiers: Modifier) -> None:
-        """Run modifiers of llm-compressor on the task's calibration sequences, as they are and in their order."""
-        sequences = self.task.calibration
+    def calibrate(self, *modifiers: Modifier, written: Tensor | None = None) -> None:
+        """Run modifiers of llm-compressor on the task's calibration sequences, as they are and in their order.
+
+        Args:
+            written: more sequences of the same length, int64 [n, length]; None for none.
+        """
+        sequences = self.task.calibration if written is None else torch.cat([self.task.calibration, written])
         oneshot(
             model=inner_model(self.network),
             processor=self.tokenizer,
             recipe=list(modifiers),
-            dataset=datasets.Dataset.from_dict(
-                {"input_ids": sequences.tolist(), "attention_mask": torch.ones_like(sequences).tolist()}
-            ),
+            dataset=as_dataset(sequences),
             num_calibration_samples=len(sequences),
             max_seq_length=sequences.shape[1],
             shuffle_calibration_samples=False,

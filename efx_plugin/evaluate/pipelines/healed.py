@@ -1,6 +1,7 @@
-"""The model with its adapter, pruned at once and then healed, as by `efx heal --generate` on the calibration text.
+"""The model with its adapter, pruned at once and then healed, as by `efx prune --generate` and `efx heal --generate`.
 
-No more text is needed than for pruning: the dense expert writes what is trained on besides, see `write_sequences`.
+No more text is needed than for pruning: the dense expert writes what is calibrated and trained on besides, see
+`write_sequences`.
 """
 
 from collections.abc import Callable
@@ -8,6 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from llmcompressor.modifiers import Modifier
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from efx_plugin.compress.calibration import start_of_text
 from efx_plugin.compress.request import HealRequest
@@ -49,16 +52,16 @@ def _prune_and_heal(task: PipelineTask, modifier: Callable[[Draft], Modifier], *
     dense = draft.keep_dense()
     if merged:
         draft.merge()
-    draft.calibrate(modifier(draft))
-    _heal(draft, **healing)
+    teacher, text = inspect_sources(task.model, task.adapter).load_merged(), task.calibration
+    count, start = healing.pop("written") * len(text), start_of_text(draft.tokenizer)
+    written = write_sequences(teacher, text, count, start=start, seed=task.seed)
+    draft.calibrate(modifier(draft), written=written)
+    _heal(draft, teacher, written, **healing)
     return draft.finish(dense)
 
 
-def _heal(draft: Draft, written: int, learning_rate: float, batch_size: int) -> None:
+def _heal(draft: Draft, teacher: PreTrainedModel, written: Tensor, *, learning_rate: float, batch_size: int) -> None:
     task, text = draft.task, draft.task.calibration
-    teacher = inspect_sources(task.model, task.adapter).load_merged()
-    start = start_of_text(draft.tokenizer)
-    generated = write_sequences(teacher, text, written * len(text), start=start, seed=task.seed)
     held_out = max(1, len(text) // _HELD_OUT)
     own, others = text[:-held_out], text[-held_out:]
     healed = heal(
@@ -70,10 +73,10 @@ def _heal(draft: Draft, written: int, learning_rate: float, batch_size: int) -> 
         folder=task.output / "healing",
         seed=task.seed,
         teacher=teacher,
-        written=generated,
+        written=written,
     )
     draft.notes.append(
-        f"healed on {own.numel():,} calibration tokens and {generated.numel():,} that the dense expert wrote: the "
+        f"healed on {own.numel():,} calibration tokens and {written.numel():,} that the dense expert wrote: the "
         f"perplexity of the other {others.numel():,} calibration tokens went from {healed.before:.2f} to "
         f"{healed.after:.2f}"
     )

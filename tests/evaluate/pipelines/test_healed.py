@@ -16,11 +16,27 @@ def task(tmp_path_factory):
     return tiny_task(tmp_path_factory.mktemp("healed"))
 
 
+@pytest.fixture
+def texts(monkeypatch):
+    """What the dense experts have written."""
+    seen = []
+    original = healed.write_sequences
+
+    def write_sequences(*args, **kwargs):
+        seen.append(original(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(healed, "write_sequences", write_sequences)
+    return seen
+
+
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("structure", ["0:0", "2:4"])
-def test_the_mask_is_that_of_pruning_at_once_and_its_weights_have_learned(task, name, structure):
+def test_the_mask_is_that_of_pruning_on_all_the_text_and_its_weights_have_learned(task, name, structure, texts):
     result = run(task, name, mask_structure=structure, arguments={"learning_rate": 1e-3})
-    plain = run(task, PAIRS[name], mask_structure=structure)
+    text = torch.cat([task.calibration, *texts])
+    plain = run(task, PAIRS[name], mask_structure=structure, calibration=text)
+    assert len(text) == 5 * len(task.calibration)
     assert result.sparsity == plain.sparsity
     assert result.bits_per_weight_stored == pytest.approx(plain.bits_per_weight_stored, rel=0.01)
     for one, other in zip(linears_in_blocks(result.model), linears_in_blocks(plain.model), strict=True):
@@ -39,15 +55,7 @@ def test_arguments_of_healing_and_of_the_modifier_are_told_apart(task):
         run(task, "lora+sparsegpt+heal", arguments={"repair": "none"})
 
 
-def test_the_dense_expert_writes_by_the_seed_of_the_task(task, monkeypatch):
-    seen = []
-    original = healed.write_sequences
-
-    def write_sequences(*args, **kwargs):
-        seen.append(original(*args, **kwargs))
-        return seen[-1]
-
-    monkeypatch.setattr(healed, "write_sequences", write_sequences)
+def test_the_dense_expert_writes_by_the_seed_of_the_task(task, texts):
     for name, seed in (("lora+expert+heal", 0), ("lora+sparsegpt+heal", 0), ("lora+expert+heal", 1)):
         run(task, name, seed=seed)
-    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
