@@ -84,7 +84,7 @@ def sparsity(masks):
         pytest.param({"trainable_token_indices": [5, 6]}, {"repair": "adapter"}, {}, id="trainable-tokens"),
         pytest.param({}, {"mask_structure": "2:4", "repair": "none"}, {}, id="2of4"),
         pytest.param({}, {"allocation": "layer", "refreshes": 2}, {}, id="layers-compete"),
-        pytest.param({}, {"dense_targets": 1, "refreshes": 2}, {"bf16": True}, id="dense-targets"),
+        pytest.param({}, {"dense_targets": 1, "swap_rounds": 2, "refreshes": 2}, {"bf16": True}, id="dense-targets"),
         pytest.param({}, {"propagation": "block", "comparison_group": "block", "saliency": "wanda"}, {}, id="block"),
     ],
 )
