@@ -43,7 +43,7 @@ def test_every_part_ends_in_the_report_and_the_table(directory, blocks, tmp_path
     prune.make_llama(fields, tiny_tokenizer(), tmp_path / "random")
     subjects = {
         "tiny": prune.Subject(directory, prune.CONFIGURATIONS, 2),
-        "random": prune.Subject(tmp_path / "random", ("wanda", "sparsegpt", "none", "weights", "best"), 1),
+        "random": prune.Subject(tmp_path / "random", ("wanda", "sparsegpt", "none", "weights", *prune.OWN_RECIPES), 1),
     }
     output = tmp_path / "prune.json"
     report = prune.bench(subjects, blocks, blocks, output, rounds=2, repair_layer=(64, 96), repair_rounds=2)
@@ -65,7 +65,7 @@ def test_every_part_ends_in_the_report_and_the_table(directory, blocks, tmp_path
     assert {"torch", "llmcompressor", "efx-plugin"} < report["versions"].keys()
 
     printed = capsys.readouterr().out
-    for line in ("seconds over wanda, none", "memory over sparsegpt, best", "kappa 0.5", "training over plain LoRA"):
+    for line in ("seconds over wanda, none", "memory over sparsegpt, expert_50", "kappa 0.5", "training over plain LoRA"):
         assert line in printed
     assert "what it costs, random" in printed
 
@@ -79,7 +79,7 @@ def test_a_selection_has_that_part_alone(directory, blocks, tmp_path):
 
 
 def test_a_run_in_a_process_of_its_own(directory, blocks, tmp_path):
-    run = prune.in_fresh_process(prune.prune, str(directory), blocks.tolist(), "best", log=tmp_path / "log")
+    run = prune.in_fresh_process(prune.prune, str(directory), blocks.tolist(), "expert_50", log=tmp_path / "log")
     assert run.keys() == {"seconds", "memory", "memory_before"}
     assert run["memory"] >= run["memory_before"] > 50 * MEGABYTES
     assert "EfficientXpertModifier pruned 14 layers" in (tmp_path / "log").read_text()
