@@ -8,8 +8,9 @@ is to give, and the residual r = E[(y − W x) xᵀ] per row,
     to bring back pruned weight q lowers it by   r_q² / (G_qq − G_qK (G_KK)⁻¹ G_Kq),
 
 where the others make up for either. Both denominators are the variance of one input that the kept ones do not explain.
-Here that of all others stands for it, 1 / [(G + λ I)⁻¹]_ii: it is the same for all rows, and one inverse gives it. (On
-layers of SmolLM2-135M at 50 % the exact one of sampled rows lets errors fall by .7 points more, of 15.8.)
+Here what all others do not explain stands for it, 1 / [(G + λ I)⁻¹]_ii: it is the same for all rows, and one inverse
+gives it. (Six rounds take 15.1 % off the errors of layers of SmolLM2-135M at 50 %; with the mean of the exact one over
+sampled rows 15.8.)
 
 So the worst kept weights of a row are swapped for the best pruned ones, many at once, and the row is fitted again.
 Where its error has not fallen it goes back and tries a third as many. SparseSwaps (arXiv 2512.10922) swaps on the Gram
