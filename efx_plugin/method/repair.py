@@ -72,7 +72,7 @@ def repair_weights(
         return repaired
     inverse = 1 / (gram.diagonal() + damping)
     for rows in chunks(*weight.shape):
-        target = lost_output(weight[rows], keep[rows], gram, drift, share)
+        target = _lost_output(weight[rows], keep[rows], gram, drift, share)
         repaired[rows] += change_of_weights(target, keep[rows], gram, inverse, damping, steps)
     return repaired
 
@@ -133,7 +133,7 @@ def adapter_update(
     mean.diagonal().add_(damping)
     inverse = torch.linalg.inv(mean)
     for rows in chunks(*weight.shape):
-        target = lost_output(weight[rows], keep[rows], gram, drift, share) @ lora_a.T
+        target = _lost_output(weight[rows], keep[rows], gram, drift, share) @ lora_a.T
         update[rows] = _change_of_adapter(target, keep[rows], gram, lora_a, inverse, damping, steps)
     return update
 
@@ -215,7 +215,7 @@ def paper_update(
     return update
 
 
-def lost_output(weight: Tensor, keep: Tensor, gram: Tensor, drift: Tensor | None, share: float) -> Tensor:
+def _lost_output(weight: Tensor, keep: Tensor, gram: Tensor, drift: Tensor | None, share: float) -> Tensor:
     """[U_S G + a U D]_K: what the masked output lacks, times the kept inputs."""
     lost = _pruned_part(weight, keep) @ gram
     if drift is not None:

@@ -21,8 +21,8 @@ def _layer(rows, columns, seed, tokens=400):
     return weight, inputs, inputs.T @ inputs / tokens
 
 
-def _error(weight, keep, gram, **options):
-    return output_error(weight, repair_weights(weight, keep, gram, **FITTED | options), gram)
+def _error(weight, keep, gram):
+    return output_error(weight, repair_weights(weight, keep, gram, **FITTED), gram)
 
 
 @settings(deadline=None)
