@@ -198,7 +198,12 @@ def heal(
         int, typer.Option(help="Tokens to train on, once; a tenth as many more are held out as a check.", min=2)
     ] = HealRequest.tokens,
     generate: Annotated[
-        int, typer.Option(help="Tokens that the teacher writes in the manner of the text, to train on as well.", min=0)
+        int,
+        typer.Option(
+            help="Tokens that the teacher writes in the manner of the text, to train on as well; with --adapter "
+            "half of them without it, on anything, so that less is forgotten.",
+            min=0,
+        ),
     ] = HealRequest.generate,
     length: Annotated[int, typer.Option(help="Tokens per sequence.", min=2)] = HealRequest.length,
     learning_rate: Annotated[float, typer.Option(help="At its peak.", min=0)] = HealRequest.learning_rate,

@@ -116,6 +116,10 @@ class EfficientXpertModifier(PruningArguments, Modifier):
                 "preserve_sparsity_mask leaves the pruned weights as they are, and nothing is quantized: set "
                 "quantization, or leave preserve_sparsity_mask out to prune"
             )
+        if self.preserve_sparsity_mask and self.swap_rounds:
+            raise EfxError(
+                "preserve_sparsity_mask keeps the masks as they are and swap_rounds would change them: leave one out"
+            )
         return self
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:

@@ -22,9 +22,10 @@ from efx_plugin.checkpoint.storage import shards
 from efx_plugin.checkpoint.storage.atomic import refuse_full
 from efx_plugin.checkpoint.storage.hashes import directory_hash, file_hash
 from efx_plugin.compress.calibration import calibration_set, start_of_text
+from efx_plugin.compress.general_text import write_general
 from efx_plugin.compress.request import HealRequest
 from efx_plugin.errors import EfxError
-from efx_plugin.model.loading import inspect_sources, vocabulary_size
+from efx_plugin.model.loading import Sources, inspect_sources, vocabulary_size
 from efx_plugin.training.generation import write_sequences
 from efx_plugin.training.healing import heal
 
@@ -74,14 +75,15 @@ def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
             f"{request.dataset} has text for one sequence of {request.length} tokens, and healing keeps one to check "
             "itself: pass more text, or a smaller --length"
         )
-    teacher = None if request.teacher is None else _teacher(request.teacher, request.adapter, model)
+    dense = None if request.teacher is None else inspect_sources(request.teacher, request.adapter)
+    teacher = None if dense is None else _teacher(dense, model)
     refuse_full(request.output, 2 * _BYTES * model.num_parameters())  # the last goes when the next is complete
     folder = _working_folder(request)
     own, validation = ids[:-held_out], ids[-held_out:]
     written = None
     with _removed_without_checkpoint(folder):
-        if teacher is not None and request.generate:
-            written = _written(teacher, own, request, start_of_text(tokenizer), folder)
+        if dense is not None and teacher is not None and request.generate:
+            written = _written(dense, teacher, own, request, folder)
         healed = heal(
             model,
             own,
@@ -104,7 +106,7 @@ def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
         request.output,
         structure=structure,
         companions=shards.companions(request.model),
-        metadata={"healing": _provenance(own, request.dataset_name, written)},
+        metadata={"healing": _provenance(own, written, request)},
         progress=request.progress,
     )
     shutil.rmtree(folder)
@@ -112,31 +114,39 @@ def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
 
 
 def _written(
-    teacher: PreTrainedModel, text: torch.Tensor, request: HealRequest, start: int | None, folder: Path
+    dense: Sources, teacher: PreTrainedModel, text: torch.Tensor, request: HealRequest, folder: Path
 ) -> torch.Tensor:
-    """Sequences that the teacher writes, int64 [n, length]; kept in `folder`, so that a run that goes on finds them."""
+    """Sequences that the teacher writes, with an adapter half of them without it, int64 [n, length]; kept in `folder`,
+    so that a run that goes on finds them."""
     path = folder / _WRITTEN
     if not path.is_file():
         count = math.ceil(request.generate / request.length)
-        ids = write_sequences(teacher, text, count, start=start, seed=request.seed, progress=request.progress)
+        general = 0 if dense.adapter is None else count // 2
+        start, seed, progress = start_of_text(dense.tokenizer()), request.seed, request.progress
+        ids = write_sequences(teacher, text, count - general, start=start, seed=seed, progress=progress)
+        if general:
+            ids = torch.cat([ids, write_general(dense, text, general, seed=seed, progress=progress)])
         unfinished = path.with_suffix(".unfinished")
         save_file({"input_ids": ids}, unfinished)
         unfinished.replace(path)
     return load_file(path)["input_ids"]
 
 
-def _provenance(text: torch.Tensor, named: str, written: torch.Tensor | None) -> str:
-    own = f"{text.numel():,} tokens from {named}"
-    return own if written is None else f"{own} and {written.numel():,} that the dense expert wrote"
+def _provenance(text: torch.Tensor, written: torch.Tensor | None, request: HealRequest) -> str:
+    own = f"{text.numel():,} tokens from {request.dataset_name}"
+    if written is None:
+        return own
+    half = "" if request.adapter is None else ", half of them without its adapter"
+    return f"{own} and {written.numel():,} that the dense expert wrote{half}"
 
 
-def _teacher(directory: Path, adapter: Path | None, model: PreTrainedModel) -> PreTrainedModel:
+def _teacher(dense: Sources, model: PreTrainedModel) -> PreTrainedModel:
     """The dense expert.
 
     Raises:
         EfxError: it cannot be loaded, predicts no text, or has another vocabulary than the model.
     """
-    teacher = inspect_sources(directory, adapter).load_merged()
+    teacher, directory = dense.load_merged(), dense.files.folder
     if not teacher.can_generate():
         raise EfxError(
             f"the teacher {directory} is a {type(teacher).__name__}, which predicts no text: pass the dense expert"

@@ -81,7 +81,8 @@ class HealRequest(_OnText):
         output: directory to write; it must not exist.
         dataset, text_field: text of the domain, see `PruneRequest`.
         tokens: of the text that are trained on, once; a tenth as many more are held out.
-        generate: tokens that the teacher writes, to be trained on as well; see `write_sequences`.
+        generate: tokens that the teacher writes, to be trained on as well, see `write_sequences`; half of them without
+            the adapter where there is one, see `write_general`.
         length: tokens of a sequence.
         learning_rate: at its peak.
         batch_size: sequences of a step.

@@ -127,11 +127,16 @@ class Sources:
         Raises:
             EfxError: a file has changed since it was looked at, cannot be read, or holds NaN or infinity.
         """
-        model, _ = _load_model(self.files, None, dtype)
-        _refuse_not_finite(dict(model.named_parameters()), self.files.folder)
+        model = self.load_base(dtype)
         if self.adapter is None:
             return model
         return _add_adapter(model, self.adapter, self.vocabulary, rehearsal=False)
+
+    def load_base(self, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+        """As `load`, without the adapter, and with the vocabulary that the model's folder has."""
+        model, _ = _load_model(self.files, None, dtype)
+        _refuse_not_finite(dict(model.named_parameters()), self.files.folder)
+        return model
 
     def load_merged(self) -> PreTrainedModel:
         """As `load`, with the adapter merged in: in float32, rounded once to the dtype that is stored."""

@@ -4,8 +4,8 @@ Each linear layer that has zeros computes with its masked weight, whose gradient
 Its kept weights are trained in float32 and rounded once at the end; all other parameters stay as they are.
 
 The loss is the cross-entropy of the text; with a teacher, the dense expert, half of it is the Kullback-Leibler
-divergence of the model's next-token distribution from the teacher's. On text that the teacher wrote it is that
-divergence alone, of which cross-entropy would be a noisy estimate.
+divergence of the model's next-token distribution from the teacher's. On text that a dense model wrote it is that
+divergence alone: of what the teacher wrote cross-entropy would be a noisy estimate.
 """
 
 import math
@@ -41,7 +41,7 @@ from efx_plugin.model.masked import install_mask, remove_mask
 # Bytes of a trained weight: itself in float32, its gradient, and two averages of AdamW.
 _BYTES = 16
 _CHECKPOINTS = 5  # in a run, besides the end
-_TEACHING = 0.5  # the teacher's part in the loss on text that it did not write
+_TEACHING = 0.5  # the teacher's part in the loss on text of the user's
 _NOT_PREDICTED = -100  # a label for which the loss counts nothing
 
 
@@ -101,7 +101,8 @@ def heal(
         folder: for checkpoints of the Trainer; a run that finds one there goes on from it, and ends as it would have.
         seed: of the order of the sequences.
         teacher: a plain model with the same vocabulary; it stays as it is.
-        written: int64 [n, length] of token ids that the teacher wrote, see `write_sequences`; needs the teacher.
+        written: int64 [n, length] of token ids that a dense model wrote, of which the teacher's predictions
+            are learned; needs the teacher.
 
     Raises:
         EfxError: no linear layer of the decoder blocks has zeros, the memory does not suffice, or there is written text

@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from efx_plugin.checkpoint import load_sparse, read_sparsity_config, save_sparse
@@ -19,6 +20,7 @@ from efx_plugin.engine.blocks import linears_in_blocks
 from efx_plugin.errors import EfxError, SparseCheckpointError, UsageError
 from efx_plugin.modifier import EfficientXpertModifier
 from efx_plugin.training import healing
+from efx_plugin.training.healing import Healed
 from tests.support.tiny_llama import save_tiny_llama, tiny_llama, tiny_tokenizer
 
 STRUCTURES = {"sparse-bitmask": (32, 16), "sparse-24-bitmask": (4, 2)}  # of so many weights so many are kept
@@ -180,6 +182,21 @@ def test_a_run_that_goes_on_learns_from_the_text_that_was_written(request_to_hea
         patch.setattr(heal_module, "write_sequences", None)  # it is not written a second time
         resumed = heal_to_checkpoint(request)
     assert resumed == heal_to_checkpoint(replace(request, output=tmp_path / "again")) | {"output": str(request.output)}
+
+
+def test_with_an_adapter_half_is_written_without_it(request_to_heal, teacher, tmp_path, monkeypatch):
+    adapted = get_peft_model(
+        LlamaForCausalLM.from_pretrained(teacher), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    seen = []
+    monkeypatch.setattr(heal_module, "heal", lambda *args, **options: seen.append(options) or Healed(0, 2.0, 1.0))
+    request = replace(request_to_heal, output=tmp_path / "healed", teacher=teacher, adapter=tmp_path / "adapter")
+    heal_to_checkpoint(replace(request, generate=32 * 5))
+    starts = seen[0]["written"][:, 0].tolist()
+    assert len(starts) == 5 and [first == 2 for first in starts] == [False] * 3 + [True] * 2  # </s> begins a text
+    provenance = json.loads((tmp_path / "healed" / "provenance.json").read_text())
+    assert provenance["healing"].endswith("and 160 that the dense expert wrote, half of them without its adapter")
 
 
 def test_of_what_the_teacher_wrote_only_its_predictions_count(request_to_heal, tmp_path):

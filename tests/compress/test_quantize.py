@@ -129,6 +129,8 @@ def test_the_disk_is_checked_before_a_weight_is_loaded(expert, tmp_path, monkeyp
 def test_the_modifier_wants_a_sparse_model_and_something_to_do(tmp_path):
     with pytest.raises(EfxError, match="nothing is quantized: set quantization, or leave preserve_sparsity_mask out"):
         EfficientXpertModifier(preserve_sparsity_mask=True)
+    with pytest.raises(EfxError, match="keeps the masks as they are and swap_rounds would change them: leave one"):
+        EfficientXpertModifier(preserve_sparsity_mask=True, quantization="W8A16", swap_rounds=2)
     data = Dataset.from_dict({"input_ids": [[3, 4, 5]], "attention_mask": [[1, 1, 1]]})
     modifier = EfficientXpertModifier(preserve_sparsity_mask=True, quantization="W8A16", ignore=["lm_head"])
     with pytest.raises(EfxError, match="this one has none in its targets: prune it first"):

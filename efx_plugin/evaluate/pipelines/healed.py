@@ -1,18 +1,20 @@
 """The model with its adapter, pruned at once and then healed, as by `efx prune --generate` and `efx heal --generate`.
 
 No more text is needed than for pruning: the dense expert writes what is calibrated and trained on besides, see
-`write_sequences`.
+`write_sequences` and `write_general`.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from llmcompressor.modifiers import Modifier
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from efx_plugin.compress.calibration import start_of_text
+from efx_plugin.compress.general_text import write_general
 from efx_plugin.compress.request import HealRequest
 from efx_plugin.evaluate.pipelines.arguments import take_arguments
 from efx_plugin.evaluate.pipelines.draft import Draft
@@ -52,11 +54,12 @@ def _prune_and_heal(task: PipelineTask, modifier: Callable[[Draft], Modifier], *
     dense = draft.keep_dense()
     if merged:
         draft.merge()
-    teacher, text = inspect_sources(task.model, task.adapter).load_merged(), task.calibration
+    sources, text = inspect_sources(task.model, task.adapter), task.calibration
     count, start = healing.pop("written") * len(text), start_of_text(draft.tokenizer)
-    written = write_sequences(teacher, text, count, start=start, seed=task.seed)
+    written = write_sequences(sources.load_merged(), text, count, start=start, seed=task.seed)
     draft.calibrate(modifier(draft), written=written)
-    _heal(draft, teacher, written, **healing)
+    general = write_general(sources, text, count // 2, seed=task.seed)
+    _heal(draft, sources.load_merged(), torch.cat([written[len(general) :], general]), **healing)
     return draft.finish(dense)
 
 
@@ -76,7 +79,7 @@ def _heal(draft: Draft, teacher: PreTrainedModel, written: Tensor, *, learning_r
         written=written,
     )
     draft.notes.append(
-        f"healed on {own.numel():,} calibration tokens and {written.numel():,} that the dense expert wrote: the "
-        f"perplexity of the other {others.numel():,} calibration tokens went from {healed.before:.2f} to "
-        f"{healed.after:.2f}"
+        f"healed on {own.numel():,} calibration tokens and {written.numel():,} that the dense expert wrote, half of "
+        f"them without its adapter: the perplexity of the other {others.numel():,} calibration tokens went from "
+        f"{healed.before:.2f} to {healed.after:.2f}"
     )

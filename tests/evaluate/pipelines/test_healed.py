@@ -43,7 +43,9 @@ def test_the_mask_is_that_of_pruning_on_all_the_text_and_its_weights_have_learne
         assert one.base.weight.dtype == torch.bfloat16
         assert torch.equal(one.base.weight == 0, other.base.weight == 0), one.name
         assert not torch.equal(one.base.weight, other.base.weight), one.name
-    assert result.notes[-1].startswith("healed on 224 calibration tokens and 1,024 that the dense expert wrote: the ")
+    assert result.notes[-1].startswith(
+        "healed on 224 calibration tokens and 1,024 that the dense expert wrote, half of "
+    )
 
 
 def test_arguments_of_healing_and_of_the_modifier_are_told_apart(task):
