@@ -1,4 +1,4 @@
-"""What this machine has: free memory, and the dtypes that its processor multiplies in."""
+"""What this machine has: free memory, an accelerator, and the dtypes that its processor multiplies in."""
 
 import contextlib
 import os
@@ -23,6 +23,12 @@ def free_memory() -> int:
     with contextlib.suppress(FileNotFoundError, ValueError):  # no control groups, or no limit ("max")
         free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     return free
+
+
+def to_accelerator(model: torch.nn.Module) -> None:
+    """Move a model to the accelerator, where there is one."""
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
 
 
 def cpu_multiplies_in(dtype: torch.dtype) -> bool:

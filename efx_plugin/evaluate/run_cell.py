@@ -97,7 +97,7 @@ def run(cell: Cell, scratch: Path, kept: Path | None = None) -> tuple[CellResult
 
     from efx_plugin.engine.compute_dtype import choose_for, computed_in
     from efx_plugin.evaluate.mask_samples import sample
-    from efx_plugin.machine import cpu_name
+    from efx_plugin.machine import cpu_name, to_accelerator
     from efx_plugin.model.loading import inspect_sources
 
     tokenizer = inspect_sources(cell.model, cell.adapter).tokenizer()
@@ -138,8 +138,8 @@ def run(cell: Cell, scratch: Path, kept: Path | None = None) -> tuple[CellResult
     peak, peak_accelerator = _peak_memory(), 0.0
     machine = cpu_name()
     model: Any = made.model.eval()
+    to_accelerator(model)
     if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
         peak_accelerator = torch.accelerator.max_memory_allocated() / 1e6
         machine = (
             torch.cuda.get_device_name() if torch.cuda.is_available() else str(torch.accelerator.current_accelerator())
@@ -194,7 +194,7 @@ def compare_masks(cell: DomainCell, scratch: Path) -> DomainResult:
 
     from efx_plugin.engine.compute_dtype import choose_for, computed_in
     from efx_plugin.evaluate.masks import analyse
-    from efx_plugin.machine import cpu_name
+    from efx_plugin.machine import cpu_name, to_accelerator
     from efx_plugin.model.loading import inspect_sources
 
     started, notes = time.monotonic(), list[str]()
@@ -202,8 +202,7 @@ def compare_masks(cell: DomainCell, scratch: Path) -> DomainResult:
     tokenizers = {name: inspect_sources(cell.model, one.adapter).tokenizer() for name, one in domains.items()}
 
     def perplexity(name: str, model: Any) -> float:
-        if torch.accelerator.is_available():
-            model.to(torch.accelerator.current_accelerator())
+        to_accelerator(model)
         data = domains[name].data
         with computed_in(model, choose_for(model).dtype):
             return _corpus_losses(model, tokenizers[name], data, data.heldout[0]).perplexity

@@ -9,11 +9,12 @@ for calibration in arXiv 2410.17170, to train a quantized model in LLM-QAT, arXi
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from efx_plugin.engine.compute_dtype import choose_for, computed_in
+from efx_plugin.machine import to_accelerator
 
 PROMPT = 16  # tokens of the user's text that a sequence begins with, a quarter of it at most
 _TOGETHER = 32  # sequences
@@ -60,9 +61,7 @@ def go_on(model: PreTrainedModel, prompts: Tensor, length: int, *, seed: int, pr
     Returns:
         int64 [count, length] of token ids, on the CPU.
     """
-    if torch.accelerator.is_available():
-        inner: nn.Module = model
-        inner.to(torch.accelerator.current_accelerator())
+    to_accelerator(model)
     model.eval()
     # An end of text is a token like any other: the next document follows.
     model.generation_config = GenerationConfig(do_sample=True, top_k=0, max_length=length)

@@ -34,7 +34,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from efx_plugin.engine.blocks import linears_in_blocks
 from efx_plugin.engine.compute_dtype import choose_for, computed_in, convert, restore
 from efx_plugin.errors import EfxError
-from efx_plugin.machine import free_memory
+from efx_plugin.machine import free_memory, to_accelerator
 from efx_plugin.model.adapters import LinearLayer, linear_layers
 from efx_plugin.model.masked import install_mask, remove_mask
 
@@ -120,9 +120,7 @@ def heal(
         masks = {name: keep for name, keep in masks.items() if not keep.all()}
         if not masks:
             raise EfxError("no linear layer of the decoder blocks has zeros: prune the model first, with efx prune")
-        if torch.accelerator.is_available():
-            inner: nn.Module = model
-            inner.to(torch.accelerator.current_accelerator())
+        to_accelerator(model)
         with computed_in(model, choose_for(model).dtype):
             before = validation_loss(model, validation)
         dtypes = _make_trainable(model, [layers[name] for name in masks])

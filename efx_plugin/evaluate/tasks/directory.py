@@ -20,11 +20,11 @@ def score_directory(directory: Path | str, tasks: Sequence[str], **options: Any)
     Raises:
         EfxError: as `score`.
     """
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from efx_plugin.machine import to_accelerator
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
+    to_accelerator(model)
     return score(model, tokenizer, tasks, **options)
