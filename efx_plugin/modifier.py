@@ -32,6 +32,8 @@ from efx_plugin.engine.report import PrunedLayer, summary
 from efx_plugin.engine.zeros import pack_mask, restore_zeros
 from efx_plugin.errors import EfxError
 from efx_plugin.model.adapters import LinearLayer, inner_model
+from efx_plugin.model.architectures import block_map
+from efx_plugin.model.channels import FreeChannels, Reordered, free_channels
 
 # A block's sparsity may miss the target by this much before pruning counts as failed.
 SPARSITY_TOLERANCE = 0.002
@@ -77,6 +79,11 @@ class EfficientXpertModifier(PruningArguments, Modifier):
             8-bit activations, a scale for each token), "W8A16" (8-bit weights, a scale for each row) or "W4A16" (4-bit
             weights, a scale for each 128 of a row; for 64 or 32 where 128 do not divide it). None leaves them as they
             are.
+        channel_permutation: with N:M structure, first put the channels inside each decoder block into an order in which
+            important ones do not meet among the same M: those between gate, up and down of an MLP, and those of each
+            head between v and o. The model computes the same in any order, and is served as fast; adapters that were
+            trained on it before no longer fit it. Needs the architecture in
+            `efx_plugin.model.architectures.PROPAGATION_MAPS`.
         preserve_sparsity_mask: prune nothing anew, quantize a model that is sparse already, after training under a mask
             perhaps. The zeros that its layers have stay, and the arguments that choose them are without effect. With
             `dense_targets` kept weights make up for the rounding of earlier blocks as well (after GPTAQ, arXiv
@@ -84,15 +91,18 @@ class EfficientXpertModifier(PruningArguments, Modifier):
 
     Attributes:
         report: after `oneshot`, what became of each layer.
+        reordered: after `oneshot`, the layers whose channels are in another order than before, by name.
     """
 
     requires_calibration_data: bool = True
     quantization: Quantization | None = None
+    channel_permutation: bool = False
     preserve_sparsity_mask: bool = False
 
     _pruners: list[BlockPruner] = PrivateAttr(default_factory=list)
     _results: dict[str, list[PrunedLayer]] = PrivateAttr(default_factory=dict)
     _report: list[PrunedLayer] = PrivateAttr(default_factory=list)
+    _reordered: dict[str, Reordered] = PrivateAttr(default_factory=dict)
     _layers: dict[str, LinearLayer] = PrivateAttr(default_factory=dict)
     _sparsities: dict[str, float] = PrivateAttr(default_factory=dict)
     # Of layers that are going to be quantized: which weights were kept, a bit each.
@@ -106,6 +116,11 @@ class EfficientXpertModifier(PruningArguments, Modifier):
         return self._report
 
     @property
+    def reordered(self) -> dict[str, Reordered]:
+        """Empty until `on_finalize`, and without `channel_permutation`."""
+        return self._reordered
+
+    @property
     def uses_grams(self) -> bool:
         return super().uses_grams or self.quantization is not None
 
@@ -115,6 +130,11 @@ class EfficientXpertModifier(PruningArguments, Modifier):
             raise EfxError(
                 "preserve_sparsity_mask leaves the pruned weights as they are, and nothing is quantized: set "
                 "quantization, or leave preserve_sparsity_mask out to prune"
+            )
+        if self.channel_permutation and (self.n_of_m is None or self.preserve_sparsity_mask):
+            raise EfxError(
+                "channel_permutation puts channels into an order that a new mask of N:M structure loses less in: set "
+                "mask_structure, such as '2:4', and leave preserve_sparsity_mask out; or leave channel_permutation out"
             )
         if self.preserve_sparsity_mask and self.swap_rounds:
             raise EfxError(
@@ -161,10 +181,27 @@ class EfficientXpertModifier(PruningArguments, Modifier):
                 masks=_present_mask if self.preserve_sparsity_mask else None,
                 grids=grids,
                 dense=self._dense,
+                channels=self.channels_to_order(model, plan),
             )
             for plan in plans
         ]
         return True
+
+    def channels_to_order(self, model: nn.Module, plan: PlannedBlock) -> list[FreeChannels]:
+        """The channels of a decoder block that `channel_permutation` puts into another order.
+
+        Raises:
+            EfxError: nothing is known of the architecture.
+        """
+        if not self.channel_permutation or self.n_of_m is None:
+            return []
+        known = block_map(model, plan.name, plan.layers + plan.others, remedy="leave channel_permutation out")
+        targeted = {layer.name for layer in plan.layers}
+        return [
+            channels
+            for channels in free_channels(known)
+            if channels.reader.name in targeted and channels.width % self.n_of_m[1] == 0
+        ]
 
     def _measure_fisher(self, model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> Fisher | None:
         """None where propagation "fisher" is not asked for, cannot change a mask, or has to fall back to "block".
@@ -250,6 +287,7 @@ class EfficientXpertModifier(PruningArguments, Modifier):
         self._take_back_refills()
         for name, results in self._results.items():
             self._check_zeros(name, results)
+        self._reordered = {name: one for pruner in self._pruners for name, one in pruner.reordered.items()}
         every = [result for results in self._results.values() for result in results]
         self._report = every
         done = "quantized" if self.preserve_sparsity_mask else "pruned"

@@ -39,10 +39,15 @@ def test_two_processes_prune_as_one_on_all_the_data(tmp_path, arguments):
         assert torch.linalg.vector_norm(first[name] - weight) < 0.03 * torch.linalg.vector_norm(weight), name
 
 
-def test_two_processes_swap_alike(tmp_path):
-    """Which rows take their swaps hangs on the last digit of sums, so one process alone is no measure here."""
+@pytest.mark.parametrize(
+    "arguments",
+    [{"swap_rounds": 4}, {"mask_structure": "2:4", "channel_permutation": True}],
+    ids=["swaps", "channel permutation"],
+)
+def test_two_processes_choose_alike(tmp_path, arguments):
+    """What they choose hangs on the last digit of sums, so one process alone is no measure here."""
     save_tiny_llama(tmp_path / "model")
-    first, second = run(2, tmp_path, {"swap_rounds": 4})
+    first, second = run(2, tmp_path, arguments)
     for name, weight in first.items():
         assert torch.equal(weight, second[name]), name
     pruned = [weight for weight in first.values() if (weight == 0).any()]

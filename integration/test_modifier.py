@@ -16,6 +16,7 @@ from efx_plugin.engine.block_pruner import store_in_base
 from efx_plugin.engine.blocks import plan_blocks
 from efx_plugin.engine.sequential import Batch, prune_in_sequence
 from efx_plugin.errors import EfxError
+from efx_plugin.model import architectures
 from tests.support.tiny_llama import save_tiny_llama
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
@@ -143,6 +144,17 @@ def test_two_of_four_by_recipe_and_a_layer_left_alone(directory, calibration):
         assert (zeros == (0 if "down_proj" in name else 2)).all()
 
 
+def test_channels_in_an_order_of_their_own_are_pruned_with_less_error(directory, calibration):
+    errors = {}
+    for ordered in (False, True):
+        one = EfficientXpertModifier(mask_structure="2:4", channel_permutation=ordered)
+        assert_half_of_every_block_is_zero(run(load(directory), directory, calibration, recipe=one))
+        assert len(one.report) == 21 and len(one.reordered) == (15 if ordered else 0)
+        readers = [layer for layer in one.report if layer.name.endswith(("o_proj", "down_proj"))]
+        errors[ordered] = sum(layer.relative_error for layer in readers)
+    assert errors[True] < 0.95 * errors[False]
+
+
 def test_only_the_tokens_of_the_loss_mask_count(directory, calibration):
     """Padding garbage behind the mask must not move the mask of the first block."""
     garbage = calibration.map(
@@ -222,11 +234,19 @@ def test_fisher_falls_back_to_block_where_the_backward_pass_does_not_fit(directo
             {"sparsity": 0.6, "mask_structure": "3:5"},
             "does not divide the 64 inputs of model.layers.0.self_attn.q_proj",
         ),
+        ({"channel_permutation": True}, "that a new mask of N:M structure loses less in: set mask_structure"),
     ],
 )
 def test_recipes_that_do_not_fit_the_model_are_refused(directory, calibration, arguments, sentence):
     with pytest.raises(EfxError, match=sentence):
         run(load(directory), directory, calibration, recipe=EfficientXpertModifier(**arguments))
+
+
+def test_channels_are_ordered_in_architectures_that_are_known(directory, calibration, monkeypatch):
+    monkeypatch.delitem(architectures.PROPAGATION_MAPS, "LlamaForCausalLM")
+    one = EfficientXpertModifier(mask_structure="2:4", channel_permutation=True)
+    with pytest.raises(EfxError, match="no propagation map for LlamaForCausalLM: leave channel_permutation out, or"):
+        run(load(directory), directory, calibration, recipe=one)
 
 
 def test_nan_weights_are_refused_by_name(directory, calibration):

@@ -3,7 +3,7 @@
 Where there are several processes, each decides on some of the layers for all of them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,10 @@ from efx_plugin.engine.distributed import broadcast, world
 from efx_plugin.engine.memory import return_freed_memory
 from efx_plugin.engine.quantization import finish_layer
 from efx_plugin.engine.report import PrunedLayer, pruned_layer
+from efx_plugin.method.permutation import channel_order
 from efx_plugin.method.quantize import Grid
 from efx_plugin.model.adapters import LinearLayer, absorb, effective_weight, stacked_adapter
+from efx_plugin.model.channels import FreeChannels, Reordered, reorder
 from efx_plugin.model.hooks import RegisterHook, TokenMask, every_token
 
 # Stores a decision in the model.
@@ -61,6 +63,12 @@ class BlockPruner:
         grids: by name of the layer what its weights are quantized to; None quantizes none.
         dense: the dense model's hidden states, where the repair wants its outputs; None takes the targets of the
             repair from the inputs that reach the block.
+        channels: to be put into an order that N:M pruning loses less in; none stay as they are.
+
+    Attributes:
+        plan: the block.
+        arguments: how it is pruned.
+        reordered: after `prune`, the layers whose channels are in another order, by name.
     """
 
     def __init__(
@@ -76,12 +84,15 @@ class BlockPruner:
         masks: MaskOf | None = None,
         grids: Mapping[str, Grid] | None = None,
         dense: DenseStream | None = None,
+        channels: Sequence[FreeChannels] = (),
     ):
         self.plan, self.arguments = plan, arguments
         self._grids = grids or {}
         self._sparsities = layer_sparsities(plan.layers, arguments) if sparsities is None else sparsities
         self._running, self._masks = running, masks
         self._dense = dense
+        self._channels = channels
+        self.reordered: dict[str, Reordered] = {}
         self._calibration = BlockCalibration(
             model, plan, arguments, token_mask=token_mask, sensitivities=sensitivities, dense=dense
         )
@@ -108,6 +119,8 @@ class BlockPruner:
             EfxError: a layer saw no calibration data, or its statistics are not finite.
         """
         evidence = self._calibration.finish()
+        for channels in self._channels:
+            self._reorder(channels, evidence[channels.reader.name])
         masks, sparsities = self._compete(evidence)
         rank, processes = world()
         results = []
@@ -133,6 +146,18 @@ class BlockPruner:
             self._dense.parted = True
         return_freed_memory()
         return results
+
+    def _reorder(self, channels: FreeChannels, evidence: Evidence) -> None:
+        """Put channels into the order in which the layer that reads them loses least."""
+        assert self.arguments.n_of_m is not None
+        if evidence.starved:
+            return
+        scores = channels.by_head(layer_scores(self.arguments, effective_weight(channels.reader), evidence))
+        order = torch.stack([channel_order(of_head, *self.arguments.n_of_m) for of_head in scores])
+        broadcast(order, 0)
+        changed = reorder(channels, order)
+        evidence.known.reorder(changed[channels.reader.name].index)
+        self.reordered.update(changed)
 
     def _compete(self, evidence: Mapping[str, Evidence]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Masks, where matrices compete for every entry, and sparsities, where they may compete for their shares."""

@@ -72,6 +72,20 @@ class InputStatistics:
             self.drift_sum.add_(other.drift_sum.to(self.sum.device))
         self.count += other.count
 
+    def reorder(self, order: Tensor) -> None:
+        """Put the inputs into another order, int64 [in]: which one comes first, second, ...; after `finish` only.
+
+        Raises:
+            ValueError: before it.
+        """
+        if not self._finished:
+            raise ValueError("sums are reordered once they are finished")
+        order = order.to(self.sum.device)
+        for sums in (self.sum, self.drift_sum):
+            if sums is not None:
+                for dimension in range(sums.dim()):
+                    sums.copy_(sums.index_select(dimension, order))
+
     def finish(self) -> None:
         """Make the sums means in place, so that `gram` is no second copy; nothing can be added afterwards."""
         if self.count and not self._finished:

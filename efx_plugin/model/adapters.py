@@ -141,16 +141,17 @@ def read_parameter(parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def write_parameter(linear: nn.Linear, weight: Tensor) -> None:
-    """Store `weight` [out, in] in a linear layer, rounded to its dtype, wherever it lies: offloaded or sharded."""
-    parameter = linear.weight
+def write_parameter(linear: nn.Linear, weight: Tensor, name: str = "weight") -> None:
+    """Store the weight [out, in] of a linear layer, or its "bias" [out], rounded to its dtype, wherever it lies:
+    offloaded or sharded."""
+    parameter: Tensor = getattr(linear, name)
     weight = weight.to(parameter.dtype)
     if isinstance(parameter, DTensor):
         if not isinstance(weight, DTensor):
             weight = distribute_tensor(weight.to(parameter.device), parameter.device_mesh, parameter.placements)
         parameter.copy_(weight)
     else:
-        update_offload_parameter(linear, "weight", weight)
+        update_offload_parameter(linear, name, weight)
 
 
 def merge_adapters(model: PeftModel, masks: Mapping[str, Tensor] | None = None) -> nn.Module:

@@ -166,13 +166,18 @@ class _Unfit(Exception):
     """Why a map does not fit, as a clause to stand after "a model"."""
 
 
-def block_map(model: nn.Module, block: str, layers: list[LinearLayer]) -> BlockMap:
+# What a user may do where there is no map for propagation.
+_OTHER_PROPAGATION = "use propagation 'block' or 'fisher', which need none"
+
+
+def block_map(model: nn.Module, block: str, layers: list[LinearLayer], *, remedy: str = _OTHER_PROPAGATION) -> BlockMap:
     """The map of the model's class, resolved and checked by shapes.
 
     Args:
         model: the transformers model.
         block: name of the decoder block.
         layers: every linear layer of the block, pruned or not.
+        remedy: what a user may do without a map, for messages.
 
     Raises:
         EfxError: the class has no map, or the model does not fit it.
@@ -181,8 +186,8 @@ def block_map(model: nn.Module, block: str, layers: list[LinearLayer]) -> BlockM
     names = PROPAGATION_MAPS.get(architecture)
     if names is None:
         raise EfxError(
-            f"there is no propagation map for {architecture}: use propagation 'block' or 'fisher', which need none, or "
-            "add one to efx_plugin.model.architectures.PROPAGATION_MAPS"
+            f"there is no propagation map for {architecture}: {remedy}, or add one to "
+            "efx_plugin.model.architectures.PROPAGATION_MAPS"
         )
     by_name = {layer.name.removeprefix(block + "."): layer for layer in layers}
     module = model.get_submodule(block)
@@ -193,8 +198,7 @@ def block_map(model: nn.Module, block: str, layers: list[LinearLayer]) -> BlockM
         return _resolve(names, module, by_name, config.get_text_config())
     except _Unfit as reason:
         raise EfxError(
-            f"the propagation map of {architecture} does not fit a model {reason} ({block}): use propagation 'block' "
-            "or 'fisher', which need none"
+            f"the propagation map of {architecture} does not fit a model {reason} ({block}): {remedy}"
         ) from None
 
 

@@ -1,6 +1,6 @@
 """What compression did to each layer: the error of its output on calibration tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from efx_plugin.engine.blocks import linears_in_blocks
 from efx_plugin.model.adapters import LinearLayer, effective_weight
+from efx_plugin.model.channels import Reordered
 
 # Calibration tokens that damage is measured on: enough for two digits, and little time.
 TOKENS = 2048
@@ -33,21 +34,26 @@ class DenseWeights:
         save_file({layer.name: effective_weight(layer).to(dtype) for layer in layers}, path)
 
     @torch.no_grad()
-    def damage(self, model: PreTrainedModel, sequences: Tensor) -> dict[str, float]:
+    def damage(
+        self, model: PreTrainedModel, sequences: Tensor, reordered: Mapping[str, Reordered] | None = None
+    ) -> dict[str, float]:
         """‖(U − W) x‖² / ‖U x‖² of each layer, by name: U is the dense weight, W the model's, x what the layer is
         given in the model.
 
         Args:
             model: the compressed model, plain.
             sequences: int64 [n, length] of token ids, of which the first `TOKENS` tokens or so are taken.
+            reordered: layers whose channels are in another order than they were in the dense model, by name.
         """
         layers = linears_in_blocks(model)
         errors = {layer.name: 0.0 for layer in layers}
-        energies = dict(errors)
+        energies, moved = dict(errors), reordered or {}
 
         def see(name: str, module: nn.Module, args: tuple[Any, ...], _output: Tensor) -> None:
             inputs, weight = args[0], module.get_parameter("weight")
             dense = file.get_tensor(name).to(weight.device, weight.dtype)
+            if name in moved:
+                dense = moved[name].of(dense)
             energies[name] += float((inputs @ dense.T).float().square().sum())
             errors[name] += float((inputs @ (dense - weight).T).float().square().sum())
 

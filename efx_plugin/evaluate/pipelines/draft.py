@@ -23,7 +23,9 @@ from efx_plugin.evaluate import bits
 from efx_plugin.evaluate.pipelines.damage import DenseWeights
 from efx_plugin.evaluate.pipelines.protocol import PipelineResult, PipelineTask
 from efx_plugin.model.adapters import LinearLayer, inner_model, linear_layers, merge_adapters
+from efx_plugin.model.channels import Reordered
 from efx_plugin.model.loading import inspect_sources
+from efx_plugin.modifier import EfficientXpertModifier
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Draft:
         stored: dtype of the weights as they are stored.
         dtypes: see `convert`.
         notes: see `PipelineResult`.
+        reordered: layers whose channels are in another order than in the dense model, by name.
     """
 
     task: PipelineTask
@@ -45,6 +48,7 @@ class Draft:
     stored: torch.dtype
     dtypes: dict[str, torch.dtype]
     notes: list[str] = field(default_factory=list)
+    reordered: dict[str, Reordered] = field(default_factory=dict)
 
     @classmethod
     def load(cls, task: PipelineTask, *, adapted: bool) -> "Draft":
@@ -106,6 +110,9 @@ class Draft:
             max_seq_length=sequences.shape[1],
             shuffle_calibration_samples=False,
         )
+        for modifier in modifiers:
+            if isinstance(modifier, EfficientXpertModifier):
+                self.reordered |= modifier.reordered
 
     def batches(self) -> list[Batch]:
         """The task's calibration sequences for the engine."""
@@ -130,7 +137,8 @@ class Draft:
             EfxError: it has so few zeros that no sparse format gains, or holds NaN.
         """
         model = self.merge()
-        layers = describe(self.targets, damage={} if dense is None else dense.damage(model, self.task.calibration))
+        damage = {} if dense is None else dense.damage(model, self.task.calibration, self.reordered)
+        layers = describe(self.targets, damage=damage)
         sparsity = _sparsity(self.targets)
         model = self.round()
         checkpoint = self.task.output / "checkpoint"

@@ -126,7 +126,7 @@ def _quantize(
         save_sparse(model, checkpoint, progress=False)
     plain = _plain(model, weights, precision)
 
-    damage = dense.damage(plain, task.calibration)
+    damage = dense.damage(plain, task.calibration, draft.reordered)
     layers = [{"name": name, "sparsity": sparsities.get(name, 0.0), "damage": damage[name]} for name in weights]
     sizes = {name: weight.numel() for name, weight in weights.items()}
     return PipelineResult(

@@ -81,6 +81,18 @@ def test_the_expert_takes_the_modifiers_arguments_and_says_so_of_others(task):
         run(task, "lora+wanda", arguments={"rate": 1})
 
 
+def test_damage_is_that_of_channels_in_the_same_order(task):
+    options = {"mask_structure": "2:4", "seed": 0}
+    before = run(task, "lora+expert", **options)
+    ordered = run(task, "lora+expert", arguments={"channel_permutation": True}, **options)
+    others = {layer["name"]: layer["damage"] for layer in before.layers}
+    for layer in ordered.layers:
+        if layer["name"].endswith(("o_proj", "down_proj")):
+            assert 0 < layer["damage"] < others[layer["name"]]
+        else:
+            assert layer["damage"] == pytest.approx(others[layer["name"]], rel=0.2)
+
+
 def test_a_missing_adapter_is_named(task):
     with pytest.raises(EfxError, match="there is none"):
         run(task, "lora+wanda", adapter=None)
