@@ -41,7 +41,9 @@ def channel_order(scores: Tensor, n: int, m: int) -> Tensor:
             )
             members, places = linear_sum_assignment(gains.cpu().numpy(), maximize=True)
             groups[torch.as_tensor(places), place] = movable[torch.as_tensor(members)]
-    order, present = groups.flatten(), torch.arange(inputs, device=scores.device)
+    groups = groups.sort(dim=1).values  # within a group any order does, and so does any order of groups
+    order = groups[groups[:, 0].argsort()].flatten()
+    present = torch.arange(inputs, device=scores.device)
     return order if _kept(scores[:, order], n, m) > _kept(scores, n, m) else present
 
 

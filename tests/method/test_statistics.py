@@ -65,3 +65,21 @@ def test_statistics_of_nothing_are_refused():
     for name in ("energy", "drift"):
         with pytest.raises(ValueError, match="no calibration input"):
             getattr(InputStatistics(4, drift=True), name)
+
+
+@given(st.integers(1, 12), st.booleans(), st.integers(0, 2**31))
+def test_reordered_moments_are_those_of_reordered_inputs(features, full, seed):
+    generator = torch.Generator().manual_seed(seed)
+    inputs, others = torch.randn(2, 9, features, generator=generator)
+    order = torch.randperm(features, generator=generator)
+    before, after = (InputStatistics(features, full=full, drift=True) for _ in range(2))
+    for statistics, chosen in ((before, slice(None)), (after, order)):
+        statistics.update(inputs[:, chosen])
+        statistics.update_drift(inputs[:, chosen], others[:, chosen])
+    with pytest.raises(ValueError, match="once they are finished"):
+        before.reorder(order)
+    for statistics in (before, after):
+        statistics.finish()
+    before.reorder(order)
+    torch.testing.assert_close(before.sum, after.sum, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(before.drift, after.drift, rtol=1e-4, atol=1e-5)
