@@ -5,7 +5,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from integration.assets import OVERLAP, SHARES, families, ngrams, split_families
@@ -40,7 +40,6 @@ def test_ngram_numbers_are_the_ngrams(texts):
         assert len(shared) == len(a & b)
 
 
-@settings(deadline=None)
 @given(CORPUS)
 def test_families_are_the_connected_components_of_near_duplication(texts):
     found = families(texts)
@@ -59,7 +58,6 @@ def test_families_are_the_connected_components_of_near_duplication(texts):
         assert reached == set(family)
 
 
-@settings(deadline=None)
 @given(CORPUS, st.integers(0, 3))
 def test_splits_keep_every_document_and_no_near_duplicates_across(texts, seed):
     parts = split_families(texts, seed)
@@ -68,7 +66,6 @@ def test_splits_keep_every_document_and_no_near_duplicates_across(texts, seed):
         assert not any(near_duplicates(a, b) for a in one for b in other)
 
 
-@settings(deadline=None)
 @given(CORPUS, st.integers(0, 3))
 def test_heldout_and_calibration_never_exceed_their_share(texts, seed):
     parts = split_families(texts, seed)

@@ -141,7 +141,7 @@ schemes = st.sampled_from([None, *SCHEMES])
 sizes = st.sampled_from([1, 2, 4])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     size=sizes,
     heads_per_rank=st.integers(1, 2),
@@ -164,7 +164,7 @@ def test_query_key_value(size, heads_per_rank, kv_heads, head_size, hidden, stru
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     size=sizes,
     rows_per_rank=st.lists(st.integers(1, 7), min_size=2, max_size=3),
@@ -184,7 +184,7 @@ def test_merged_columns(size, rows_per_rank, hidden, structure, scheme, disk, or
     assert_same_as_dense(lambda config: make_merged(config, hidden, rows), weights, structure, order, size, scheme)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     kind=st.sampled_from(["RowParallelLinear", "ColumnParallelLinear", "ReplicatedLinear"]),
     size=sizes,

@@ -973,7 +973,7 @@ def test_a_config_that_is_none_is_refused(tmp_path, saved, content):
         load_sparse(directory)
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_bit_flipped_anywhere(data, saved, tmp_path):
     """Without checksums a changed value goes unnoticed, as in any format, but a place does not, and nothing crashes."""

@@ -340,7 +340,7 @@ def test_what_cannot_be_taken_off_is_refused(saved, tmp_path):
 # Weights packed into int32
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.integers(1, 9), columns=st.integers(1, 70), seed=st.integers(0, 99))
 def test_packed_and_unpacked_is_the_same(rows, columns, seed):
     weight = torch.randint(-128, 128, (rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
@@ -398,7 +398,7 @@ def test_damaged_scales_are_not_passed_on(saved, tmp_path):
     assert os.listdir(tmp_path) == ["saved"]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shape=st.lists(st.sampled_from([1, 2, 47, 48, 95, 96, 192]), max_size=3).filter(lambda shape: shape != [96, 1]))
 def test_a_scale_of_another_shape_is_refused(saved, shape):
     """It would be stretched over the weight to something else."""

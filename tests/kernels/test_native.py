@@ -38,7 +38,7 @@ def linear(isa: str, x: torch.Tensor, packed: list[torch.Tensor], bias, rows: in
 
 @every_isa
 @every_kind
-@settings(max_examples=170, deadline=None)  # of 20 combinations: 3,400 cases
+@settings(max_examples=170)  # of 20 combinations: 3,400 cases
 @given(
     rows=st.integers(1, 70),
     columns=st.integers(1, 300),
@@ -153,7 +153,6 @@ def test_leading_dimensions_and_strides_are_those_of_torch(isa, shape):
 
 
 @every_kind
-@settings(deadline=None)
 @given(rows=st.integers(1, 70), columns=st.integers(1, 300), seed=st.integers(0, 1000))
 def test_every_instruction_set_packs_the_same_bytes(kind, rows, columns, seed):
     weight, scales = make_weight(kind, rows, columns, 0.5, seed)
@@ -190,7 +189,6 @@ def test_four_bits_and_half_the_weights_take_a_fifth_of_the_bytes_of_bf16(size, 
 
 @every_isa
 @every_kind
-@settings(deadline=None)
 @given(
     rows=st.integers(1, 70),
     columns=st.integers(1, 300),
@@ -272,7 +270,7 @@ SIZES, ARGUMENTS, UNSUPPORTED = "sizes of activations", "no such kind of weight"
 
 @every_isa
 @every_kind
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_corrupt_header_is_refused(isa, kind, data):
     weight, scales = make_weight(kind, 40, 30)

@@ -29,7 +29,7 @@ def sparse_weight(rows: int, columns: int, density: float, dtype=torch.bfloat16,
     return (torch.randn(rows, columns, generator=generator) * kept).to(dtype)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     rows=st.integers(1, 70),
     columns=st.integers(1, 70),

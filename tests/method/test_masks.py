@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from efx_plugin.method.masks import allocate, n_of_m_mask, pooled_masks, row_mask
@@ -16,7 +16,6 @@ def _scores(rows, columns, distinct, seed):
     return torch.randint(distinct, (rows, columns), generator=torch.Generator().manual_seed(seed)).float()
 
 
-@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 24), levels, sparsities, st.integers(0, 2**31))
 def test_every_row_loses_its_lowest(rows, columns, distinct, sparsity, seed):
     scores = _scores(rows, columns, distinct, seed)
@@ -27,7 +26,6 @@ def test_every_row_loses_its_lowest(rows, columns, distinct, sparsity, seed):
             assert row[~kept].max() <= row[kept].min()
 
 
-@settings(deadline=None)
 @given(
     st.integers(1, 6), st.integers(1, 6), st.sampled_from([(1, 4), (2, 4), (4, 8), (3, 5)]), levels, st.integers(0, 99)
 )
@@ -53,7 +51,6 @@ def test_n_of_m_refuses_what_it_cannot_do():
 shapes = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 12)), min_size=1, max_size=4)
 
 
-@settings(deadline=None)
 @given(shapes, levels, sparsities, st.integers(0, 2**31))
 def test_a_pool_without_floor_loses_exactly_its_lowest(shapes, distinct, sparsity, seed):
     scores = [_scores(*shape, distinct, seed + index) for index, shape in enumerate(shapes)]
@@ -66,7 +63,6 @@ def test_a_pool_without_floor_loses_exactly_its_lowest(shapes, distinct, sparsit
         assert values[~keep].max() <= values[keep].min()
 
 
-@settings(deadline=None)
 @given(shapes, levels, sparsities, st.floats(1, 2), st.integers(0, 2**31))
 def test_the_floor_bounds_every_row_and_keeps_the_total(shapes, distinct, sparsity, floor, seed):
     scores = [_scores(*shape, distinct, seed + index) for index, shape in enumerate(shapes)]
@@ -93,7 +89,6 @@ def test_rows_compete_in_a_pool():
     assert not keep[0].any() and keep[1].all()
 
 
-@settings(deadline=None)
 @given(shapes, levels, sparsities, st.one_of(st.none(), st.floats(1, 2)), st.integers(0, 2**31))
 def test_an_allocation_sums_to_the_count_of_the_pool_and_respects_the_floor(shapes, distinct, sparsity, floor, seed):
     scores = [_scores(*shape, distinct, seed + index) for index, shape in enumerate(shapes)]

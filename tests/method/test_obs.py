@@ -63,7 +63,6 @@ def _most(sparsity, floor, width, count, rows):
     return max(math.ceil(fraction * width), math.ceil(count / rows))
 
 
-@settings(deadline=None)
 @given(shapes, st.integers(1, 6), sparsities, st.sampled_from(["matrix", "row"]), floors, st.booleans(), seeds)
 def test_the_mask_is_that_of_sparsegpt(shape, blocks, sparsity, group, floor, sensitive, seed):
     weight, gram, c = _layer(shape[0], shape[1] * blocks, seed)
@@ -79,7 +78,6 @@ def test_the_mask_is_that_of_sparsegpt_over_parts_and_blocks(group):
     assert torch.equal(obs_mask(weight, gram, 0.6, **arguments), _reference(weight, gram, 0.6, **arguments))
 
 
-@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 8), st.sampled_from([(1, 4), (2, 4), (4, 8), (3, 5)]), st.data(), seeds)
 def test_n_of_m_is_that_of_sparsegpt_whatever_the_sensitivity(rows, groups, structure, data, seed):
     weight, gram, c = _layer(rows, groups * structure[1], seed)
@@ -89,7 +87,6 @@ def test_n_of_m_is_that_of_sparsegpt_whatever_the_sensitivity(rows, groups, stru
     assert ((~mask).reshape(-1, structure[1]).sum(dim=1) == structure[0]).all()
 
 
-@settings(deadline=None)
 @given(shapes, st.integers(1, 12), sparsities, floors, seeds)
 def test_counts_are_exact_to_one_weight(shape, block_size, sparsity, floor, seed):
     weight, gram, _ = _layer(*shape, seed)
@@ -100,7 +97,6 @@ def test_counts_are_exact_to_one_weight(shape, block_size, sparsity, floor, seed
     assert ((~row).sum(dim=1) == round(sparsity * shape[1])).all()
 
 
-@settings(deadline=None)
 @given(st.integers(2, 7), st.integers(1, 30), st.integers(1, 12), sparsities, st.floats(1, 2), seeds)
 def test_a_row_that_counts_for_nothing_keeps_what_the_floor_leaves_it(rows, columns, block_size, sparsity, floor, seed):
     weight, gram, c = _layer(rows, columns, seed)
@@ -110,7 +106,7 @@ def test_a_row_that_counts_for_nothing_keeps_what_the_floor_leaves_it(rows, colu
         assert block.sum(dim=1).max() <= _most(sparsity, floor, block.shape[1], int(block.sum()), rows)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seeds)
 def test_a_saturated_head_still_attends_to_its_sink(seed):
     """Where a head looks at one token whatever the text, the loss has no gradient in its queries: they look as if
@@ -140,7 +136,6 @@ def test_a_saturated_head_still_attends_to_its_sink(seed):
     assert sink.mean() > 0.9 * dense[0, :, 0].mean()
 
 
-@settings(deadline=None)
 @given(shapes, sparsities, st.floats(1e-3, 1e3), seeds)
 def test_a_sensitivity_that_is_one_for_the_matrix_changes_nothing(shape, sparsity, factor, seed):
     weight, gram, c = _layer(*shape, seed)
@@ -154,7 +149,6 @@ def test_uncorrelated_inputs_of_one_energy_give_the_magnitude_mask():
     assert torch.equal(obs_mask(weight, torch.eye(32), 0.5, n_of_m=(2, 4)), n_of_m_mask(weight.square(), 2, 4))
 
 
-@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(2, 12), seeds)
 def test_weights_of_inputs_that_are_never_active_go_first(rows, columns, seed):
     weight, gram, _ = _layer(rows, columns, seed, dead=(columns // 2,))

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from efx_plugin.method import repair
@@ -41,7 +41,6 @@ def _never_worse(weight, repaired, keep, inputs, wanted=None):
     return (after <= before + 1e-6 * weight.square().sum(dim=1) * energy).all()
 
 
-@settings(deadline=None)
 @given(rows, columns, tokens, densities, dampings, seeds)
 def test_repair_keeps_the_mask_and_never_raises_the_error_of_a_row(rows, columns, tokens, density, damping, seed):
     weight, inputs, keep, gram, _ = _layer(rows, columns, tokens, density, seed)
@@ -50,7 +49,6 @@ def test_repair_keeps_the_mask_and_never_raises_the_error_of_a_row(rows, columns
     assert _never_worse(weight, repaired, keep, inputs)
 
 
-@settings(deadline=None)
 @given(rows, columns, ranks, tokens, densities, dampings, seeds)
 def test_an_adapter_update_never_raises_the_error_of_a_row(rows, columns, rank, tokens, density, damping, seed):
     weight, inputs, keep, gram, lora_a = _layer(rows, columns, tokens, density, seed, rank)
@@ -61,7 +59,6 @@ def test_an_adapter_update_never_raises_the_error_of_a_row(rows, columns, rank, 
     assert _never_worse(weight, repaired, keep, inputs)
 
 
-@settings(deadline=None)
 @given(rows, columns, ranks, tokens, densities, shares, dampings, seeds)
 def test_no_row_ends_further_from_what_the_dense_model_gives(
     rows, columns, rank, tokens, density, share, damping, seed
@@ -168,7 +165,6 @@ def test_chunks_of_rows_change_nothing(kind, monkeypatch):
     torch.testing.assert_close(run(), whole, rtol=1e-4, atol=1e-5)
 
 
-@settings(deadline=None)
 @given(rows, columns, ranks, densities, st.one_of(st.just(0.0), st.just(1.0), st.floats(0, 1)), dampings, seeds)
 def test_the_published_update_equals_a_loop_over_rows(rows, columns, rank, density, kappa, damping, seed):
     weight, _, keep, gram, lora_a = _layer(rows, columns, 30, density, seed, rank)
@@ -195,7 +191,6 @@ def test_the_published_update_shrinks_what_is_pruned_and_lowers_its_objective():
     assert (((pruned + change * ~keep).square() * energy).sum(dim=1) < before).all()
 
 
-@settings(deadline=None)
 @given(rows, columns, ranks, seeds)
 def test_nothing_to_repair_and_nothing_to_repair_with(rows, columns, rank, seed):
     weight, _, keep, gram, lora_a = _layer(rows, columns, 10, 0.5, seed, rank)

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from efx_plugin.method import repair
@@ -25,7 +25,6 @@ def _error(weight, keep, gram):
     return output_error(weight, repair_weights(weight, keep, gram, **FITTED), gram)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(2, 24), st.floats(0, 1), st.integers(0, 6), st.integers(0, 2**31))
 def test_each_row_keeps_as_many_weights_as_before(rows, columns, sparsity, rounds, seed):
     weight, _, gram = _layer(rows, columns, seed)
@@ -35,7 +34,6 @@ def test_each_row_keeps_as_many_weights_as_before(rows, columns, sparsity, round
     assert (swapped.sum(1) == keep.sum(1)).all()
 
 
-@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 8), st.sampled_from([(2, 4), (1, 4), (4, 8)]), st.integers(0, 2**31))
 def test_swaps_of_an_n_of_m_mask_stay_among_the_m(rows, groups, n_of_m, seed):
     n, m = n_of_m
