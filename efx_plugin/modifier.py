@@ -82,8 +82,8 @@ class EfficientXpertModifier(PruningArguments, Modifier):
         channel_permutation: with N:M structure, first put the channels inside each decoder block into an order in which
             important ones do not meet among the same M: those between gate, up and down of an MLP, and those of each
             head between v and o. The model computes the same in any order, and is served as fast; adapters that were
-            trained on it before no longer fit it. Needs the architecture in
-            `efx_plugin.model.architectures.PROPAGATION_MAPS`.
+            trained on it before no longer fit it. Where the architecture is not among
+            `efx_plugin.model.architectures.PROPAGATION_MAPS`, channels stay as they are, and the log says so.
         preserve_sparsity_mask: prune nothing anew, quantize a model that is sparse already, after training under a mask
             perhaps. The zeros that its layers have stay, and the arguments that choose them are without effect. With
             `dense_targets` kept weights make up for the rounding of earlier blocks as well (after GPTAQ, arXiv
@@ -170,6 +170,7 @@ class EfficientXpertModifier(PruningArguments, Modifier):
         if self.quantization is not None:
             grids = plan_grids(plans, self.quantization)
             describe_layers(self._layers, grids, self.quantization)
+        channels = self._channels(model, plans)
         self._pruners = [
             BlockPruner(
                 model,
@@ -181,27 +182,30 @@ class EfficientXpertModifier(PruningArguments, Modifier):
                 masks=_present_mask if self.preserve_sparsity_mask else None,
                 grids=grids,
                 dense=self._dense,
-                channels=self.channels_to_order(model, plan),
+                channels=channels.get(plan.name, []),
             )
             for plan in plans
         ]
         return True
 
-    def channels_to_order(self, model: nn.Module, plan: PlannedBlock) -> list[FreeChannels]:
-        """The channels of a decoder block that `channel_permutation` puts into another order.
-
-        Raises:
-            EfxError: nothing is known of the architecture.
-        """
+    def _channels(self, model: nn.Module, plans: list[PlannedBlock]) -> dict[str, list[FreeChannels]]:
+        """The channels to put into another order, by name of the decoder block; none where the architecture is not
+        known."""
+        found: dict[str, list[FreeChannels]] = {}
         if not self.channel_permutation or self.n_of_m is None:
-            return []
-        known = block_map(model, plan.name, plan.layers + plan.others, remedy="leave channel_permutation out")
-        targeted = {layer.name for layer in plan.layers}
-        return [
-            channels
-            for channels in free_channels(known)
-            if channels.reader.name in targeted and channels.width % self.n_of_m[1] == 0
-        ]
+            return found
+        try:
+            for plan in plans:
+                remedy = "channel_permutation leaves its channels as they are"
+                known = free_channels(block_map(model, plan.name, plan.layers + plan.others, remedy=remedy))
+                names = {layer.name for layer in plan.layers}
+                found[plan.name] = [
+                    one for one in known if one.reader.name in names and one.width % self.n_of_m[1] == 0
+                ]
+        except EfxError as error:
+            logger.warning(str(error))
+            return {}
+        return found
 
     def _measure_fisher(self, model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> Fisher | None:
         """None where propagation "fisher" is not asked for, cannot change a mask, or has to fall back to "block".

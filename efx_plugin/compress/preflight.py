@@ -134,8 +134,6 @@ def _check_modifier(modifier: Modifier, skeleton: nn.Module) -> None:
         if modifier.quantization is not None:
             plan_grids(plans, modifier.quantization)
         model: Any = inner_model(skeleton)
-        for plan in plans:
-            modifier.channels_to_order(model, plan)
         if modifier.allocation == "layer" and (reason := obstacle_to_loss(model, [{}])):
             raise no_layer_allocation(reason)  # text has no labels
         return

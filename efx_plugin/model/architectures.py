@@ -167,7 +167,7 @@ class _Unfit(Exception):
 
 
 # What a user may do where there is no map for propagation.
-_OTHER_PROPAGATION = "use propagation 'block' or 'fisher', which need none"
+_OTHER_PROPAGATION = "use propagation 'block' or 'fisher', which need none, or add one"
 
 
 def block_map(model: nn.Module, block: str, layers: list[LinearLayer], *, remedy: str = _OTHER_PROPAGATION) -> BlockMap:
@@ -177,7 +177,7 @@ def block_map(model: nn.Module, block: str, layers: list[LinearLayer], *, remedy
         model: the transformers model.
         block: name of the decoder block.
         layers: every linear layer of the block, pruned or not.
-        remedy: what a user may do without a map, for messages.
+        remedy: what to do, or what is done, without a map, for messages.
 
     Raises:
         EfxError: the class has no map, or the model does not fit it.
@@ -186,8 +186,8 @@ def block_map(model: nn.Module, block: str, layers: list[LinearLayer], *, remedy
     names = PROPAGATION_MAPS.get(architecture)
     if names is None:
         raise EfxError(
-            f"there is no propagation map for {architecture}: {remedy}, or add one to "
-            "efx_plugin.model.architectures.PROPAGATION_MAPS"
+            f"there is no propagation map for {architecture} in efx_plugin.model.architectures.PROPAGATION_MAPS: "
+            f"{remedy}"
         )
     by_name = {layer.name.removeprefix(block + "."): layer for layer in layers}
     module = model.get_submodule(block)
