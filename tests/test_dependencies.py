@@ -15,6 +15,7 @@ EXTRAS = {
     "compress": "compress",
     "engine": "compress",
     "evaluate": "compress,eval,plot",
+    "method": "compress",
     "model": "compress",
     "modifier": "compress",
     "optimum_cli": "dev",

@@ -86,11 +86,8 @@ def test_damage_is_that_of_channels_in_the_same_order(task):
     before = run(task, "lora+expert", **options)
     ordered = run(task, "lora+expert", arguments={"channel_permutation": True}, **options)
     others = {layer["name"]: layer["damage"] for layer in before.layers}
-    for layer in ordered.layers:
-        if layer["name"].endswith(("o_proj", "down_proj")):
-            assert 0 < layer["damage"] < others[layer["name"]]
-        else:
-            assert layer["damage"] == pytest.approx(others[layer["name"]], rel=0.2)
+    for layer in ordered.layers:  # against rows or columns in another order it would be above 1
+        assert 0 < layer["damage"] < 2 * others[layer["name"]] < 1, layer["name"]
 
 
 def test_a_missing_adapter_is_named(task):
