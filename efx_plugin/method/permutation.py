@@ -16,6 +16,9 @@ from torch import Tensor
 
 # Rounds over all places of a group; a third one gains a tenth of what two do.
 ROUNDS = 2
+# Members that are dealt at once, of groups chosen by lot: time grows with their number. Of the 384 groups of a down
+# projection of SmolLM2-135M, 96 at once gain nine tenths of what all do.
+AT_ONCE = 512
 
 
 def channel_order(scores: Tensor, n: int, m: int) -> Tensor:
@@ -30,21 +33,27 @@ def channel_order(scores: Tensor, n: int, m: int) -> Tensor:
     inputs = scores.shape[1]
     dealt = scores.sum(dim=0).argsort(descending=True, stable=True).view(m, inputs // m)
     dealt[1::2] = dealt[1::2].flip(1)  # the group with the best first member gets the worst second one
-    groups = dealt.T.contiguous()
+    groups, lots = dealt.T.contiguous(), torch.Generator().manual_seed(0)
     for _ in range(ROUNDS):
         for place in range(m):
-            others = torch.cat([groups[:, :place], groups[:, place + 1 :]], dim=1)
-            surpassed = scores[:, others].topk(m - n, dim=2).values[..., -1]
-            movable = groups[:, place].clone()
-            gains = torch.stack(
-                [(scores[:, one : one + 1] - surpassed).clamp_min_(0).sum(0) for one in movable.tolist()]
-            )
-            members, places = linear_sum_assignment(gains.cpu().numpy(), maximize=True)
-            groups[torch.as_tensor(places), place] = movable[torch.as_tensor(members)]
+            for some in torch.randperm(len(groups), generator=lots).split(AT_ONCE):
+                groups[some, place] = _dealt_anew(scores, groups[some], place, m - n)
     groups = groups.sort(dim=1).values  # within a group any order does, and so does any order of groups
     order = groups[groups[:, 0].argsort()].flatten()
     present = torch.arange(inputs, device=scores.device)
     return order if _kept(scores[:, order], n, m) > _kept(scores, n, m) else present
+
+
+def _dealt_anew(scores: Tensor, groups: Tensor, place: int, kept: int) -> Tensor:
+    """The members at that place of all groups [groups, m], dealt to them so that the `kept` largest sum to most."""
+    members = groups[:, place]
+    others = torch.cat([groups[:, :place], groups[:, place + 1 :]], dim=1)
+    surpassed = scores[:, others].topk(kept, dim=2).values[..., -1]
+    gains = [(scores[:, one : one + 1] - surpassed).clamp_min_(0).sum(dim=0) for one in members.tolist()]
+    chosen, dealt_to = linear_sum_assignment(torch.stack(gains).cpu().numpy(), maximize=True)
+    result = torch.empty_like(members)
+    result[torch.as_tensor(dealt_to)] = members[torch.as_tensor(chosen)]
+    return result
 
 
 def _kept(scores: Tensor, n: int, m: int) -> Tensor:
