@@ -167,7 +167,7 @@ class _Unfit(Exception):
 
 
 # What a user may do where there is no map for propagation.
-_OTHER_PROPAGATION = "use propagation 'block' or 'fisher', which need none, or add one"
+_OTHER_PROPAGATION = "use propagation 'block' or 'fisher', which need none"
 
 
 def block_map(model: nn.Module, block: str, layers: list[LinearLayer], *, remedy: str = _OTHER_PROPAGATION) -> BlockMap:
