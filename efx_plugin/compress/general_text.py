@@ -14,20 +14,29 @@ from efx_plugin.model.loading import Sources, vocabulary_size
 from efx_plugin.training.generation import go_on
 
 
-def write_general(sources: Sources, text: Tensor, count: int, *, seed: int, progress: bool = True) -> Tensor:
+def write_general(
+    sources: Sources,
+    text: Tensor,
+    count: int,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    progress: bool = True,
+) -> Tensor:
     """Sequences that a model writes by itself, without its adapter; it is gone from memory afterwards.
 
     Args:
         sources: the model; the adapter is left aside.
         text: int64 [n, length] of token ids, for as long sequences.
         count: of the sequences.
+        tokenizer: that of the text.
         seed: of what is written.
         progress: show a progress bar.
 
     Returns:
         int64 [count, length] of token ids, on the CPU.
     """
-    prompts = _beginning(sources.tokenizer(), text).expand(count, 1)
+    prompts = _beginning(tokenizer, text).expand(count, 1)
     model = sources.load_base()
     if sources.vocabulary is not None and sources.vocabulary < vocabulary_size(model):
         model.resize_token_embeddings(sources.vocabulary)  # the expert embeds no others

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from loguru import logger
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from efx_plugin.checkpoint import load_sparse, read_sparsity_config, save_sparse
@@ -83,7 +83,7 @@ def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
     written = None
     with _removed_without_checkpoint(folder):
         if dense is not None and teacher is not None and request.generate:
-            written = _written(dense, teacher, own, request, folder)
+            written = _written(dense, teacher, own, request, tokenizer, folder)
         healed = heal(
             model,
             own,
@@ -114,7 +114,12 @@ def heal_to_checkpoint(request: HealRequest) -> dict[str, Any]:
 
 
 def _written(
-    dense: Sources, teacher: PreTrainedModel, text: torch.Tensor, request: HealRequest, folder: Path
+    dense: Sources,
+    teacher: PreTrainedModel,
+    text: torch.Tensor,
+    request: HealRequest,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
 ) -> torch.Tensor:
     """Sequences that the teacher writes, with an adapter half of them without it, int64 [n, length]; kept in `folder`,
     so that a run that goes on finds them."""
@@ -122,10 +127,11 @@ def _written(
     if not path.is_file():
         count = math.ceil(request.generate / request.length)
         general = 0 if dense.adapter is None else count // 2
-        start, seed, progress = start_of_text(dense.tokenizer()), request.seed, request.progress
+        start, seed, progress = start_of_text(tokenizer), request.seed, request.progress
         ids = write_sequences(teacher, text, count - general, start=start, seed=seed, progress=progress)
         if general:
-            ids = torch.cat([ids, write_general(dense, text, general, seed=seed, progress=progress)])
+            others = write_general(dense, text, general, tokenizer=tokenizer, seed=seed, progress=progress)
+            ids = torch.cat([ids, others])
         unfinished = path.with_suffix(".unfinished")
         save_file({"input_ids": ids}, unfinished)
         unfinished.replace(path)
@@ -136,7 +142,7 @@ def _provenance(text: torch.Tensor, written: torch.Tensor | None, request: HealR
     own = f"{text.numel():,} tokens from {request.dataset_name}"
     if written is None:
         return own
-    half = "" if request.adapter is None else ", half of them without its adapter"
+    half = "" if request.adapter is None or len(written) == 1 else ", half of them without its adapter"
     return f"{own} and {written.numel():,} that the dense expert wrote{half}"
 
 

@@ -40,7 +40,7 @@ def test_the_model_without_its_adapter_writes(adapter, tmp_path, change, first):
     change(tokenizer)
     tokenizer.save_pretrained(model)
     sources = inspect_sources(model, adapter)
-    written = write_general(sources, TEXT, 3, seed=4, progress=False)
+    written = write_general(sources, TEXT, 3, tokenizer=sources.tokenizer(), seed=4, progress=False)
     prompts = torch.full((3, 1), first)
     assert torch.equal(written, go_on(tiny_llama(), prompts, 50, seed=4, progress=False))
     assert written.shape == (3, 50) and written.dtype == torch.int64 and len(written.unique(dim=0)) == 3
@@ -57,4 +57,5 @@ def test_no_token_is_written_that_the_expert_does_not_embed(tmp_path):
     )
     sources = inspect_sources(model, tmp_path / "adapter")
     assert sources.vocabulary == 100
-    assert int(write_general(sources, TEXT, 8, seed=0, progress=False).max()) < 100
+    written = write_general(sources, TEXT, 8, tokenizer=sources.tokenizer(), seed=0, progress=False)
+    assert int(written.max()) < 100

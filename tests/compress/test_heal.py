@@ -197,6 +197,10 @@ def test_with_an_adapter_half_is_written_without_it(request_to_heal, teacher, tm
     assert len(starts) == 5 and [first == 2 for first in starts] == [False] * 3 + [True] * 2  # </s> begins a text
     provenance = json.loads((tmp_path / "healed" / "provenance.json").read_text())
     assert provenance["healing"].endswith("and 160 that the dense expert wrote, half of them without its adapter")
+    heal_to_checkpoint(replace(request, output=tmp_path / "one", generate=32))
+    assert seen[1]["written"][0, 0] != 2  # one sequence has no half
+    provenance = json.loads((tmp_path / "one" / "provenance.json").read_text())
+    assert provenance["healing"].endswith("and 32 that the dense expert wrote")
 
 
 def test_of_what_the_teacher_wrote_only_its_predictions_count(request_to_heal, tmp_path):

@@ -151,8 +151,8 @@ def test_an_architecture_without_a_map_is_refused_until_it_is_given_one(monkeypa
     expected = resolve(model)
     monkeypatch.delitem(PROPAGATION_MAPS, "LlamaForCausalLM")
     message = (
-        r"no propagation map for LlamaForCausalLM in efx_plugin\.model\.architectures\.PROPAGATION_MAPS: "
-        "use propagation 'block' or 'fisher', which need none$"
+        "no propagation map for LlamaForCausalLM: use propagation 'block' or 'fisher', which need none, or add one to "
+        r"efx_plugin\.model\.architectures\.PROPAGATION_MAPS$"
     )
     with pytest.raises(EfxError, match=message):
         resolve(model)

@@ -58,7 +58,7 @@ def _prune_and_heal(task: PipelineTask, modifier: Callable[[Draft], Modifier], *
     count, start = healing.pop("written") * len(text), start_of_text(draft.tokenizer)
     written = write_sequences(sources.load_merged(), text, count, start=start, seed=task.seed)
     draft.calibrate(modifier(draft), written=written)
-    general = write_general(sources, text, count // 2, seed=task.seed)
+    general = write_general(sources, text, count // 2, tokenizer=draft.tokenizer, seed=task.seed)
     _heal(draft, sources.load_merged(), torch.cat([written[len(general) :], general]), **healing)
     return draft.finish(dense)
 
