@@ -191,12 +191,12 @@ class EfficientXpertModifier(PruningArguments, Modifier):
     def _channels(self, model: nn.Module, plans: list[PlannedBlock]) -> dict[str, list[FreeChannels]]:
         """The channels to put into another order, by name of the decoder block; none where the architecture is not
         known."""
-        found: dict[str, list[FreeChannels]] = {}
         if not self.channel_permutation or self.n_of_m is None:
-            return found
+            return {}
+        found: dict[str, list[FreeChannels]] = {}
+        remedy = "channel_permutation leaves its channels as they are"
         try:
             for plan in plans:
-                remedy = "channel_permutation leaves its channels as they are"
                 known = free_channels(block_map(model, plan.name, plan.layers + plan.others, remedy=remedy))
                 names = {layer.name for layer in plan.layers}
                 found[plan.name] = [

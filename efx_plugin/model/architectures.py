@@ -166,18 +166,19 @@ class _Unfit(Exception):
     """Why a map does not fit, as a clause to stand after "a model"."""
 
 
-# What a user may do where there is no map for propagation.
+# What a user may do where there is no map for propagation, or it does not fit.
 _OTHER_PROPAGATION = "use propagation 'block' or 'fisher', which need none"
+_ADD_ONE = ", or add one to efx_plugin.model.architectures.PROPAGATION_MAPS"
 
 
-def block_map(model: nn.Module, block: str, layers: list[LinearLayer], *, remedy: str = _OTHER_PROPAGATION) -> BlockMap:
+def block_map(model: nn.Module, block: str, layers: list[LinearLayer], *, remedy: str | None = None) -> BlockMap:
     """The map of the model's class, resolved and checked by shapes.
 
     Args:
         model: the transformers model.
         block: name of the decoder block.
         layers: every linear layer of the block, pruned or not.
-        remedy: what to do, or what is done, without a map, for messages.
+        remedy: what to do, or what is done, without a map, for messages; None for that of propagation.
 
     Raises:
         EfxError: the class has no map, or the model does not fit it.
@@ -185,10 +186,7 @@ def block_map(model: nn.Module, block: str, layers: list[LinearLayer], *, remedy
     architecture = type(model).__name__
     names = PROPAGATION_MAPS.get(architecture)
     if names is None:
-        raise EfxError(
-            f"there is no propagation map for {architecture} in efx_plugin.model.architectures.PROPAGATION_MAPS: "
-            f"{remedy}"
-        )
+        raise EfxError(f"there is no propagation map for {architecture}: {remedy or _OTHER_PROPAGATION + _ADD_ONE}")
     by_name = {layer.name.removeprefix(block + "."): layer for layer in layers}
     module = model.get_submodule(block)
     try:
@@ -198,7 +196,8 @@ def block_map(model: nn.Module, block: str, layers: list[LinearLayer], *, remedy
         return _resolve(names, module, by_name, config.get_text_config())
     except _Unfit as reason:
         raise EfxError(
-            f"the propagation map of {architecture} does not fit a model {reason} ({block}): {remedy}"
+            f"the propagation map of {architecture} does not fit a model {reason} ({block}): "
+            f"{remedy or _OTHER_PROPAGATION}"
         ) from None
 
 
